@@ -1,0 +1,310 @@
+"""Splits of a data set and their batches, on the host in NumPy.
+
+A batch is a dict of `inputs`, int32 `labels` and float32 `weights`; the weight is
+1 for an example and 0 for padding. Batches are a pure function of
+`(seed, epoch, start)`, so the position of an interrupted run is two integers.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+Batch = dict[str, Any]
+
+# Index of a slot that holds no example.
+_EMPTY = -1
+
+
+def split_indices(
+    num_examples: int, seed: int, train_fraction: float = 0.7
+) -> tuple[np.ndarray, np.ndarray]:
+  """Splits `range(num_examples)` at random into train and test indices.
+
+  The train part has `floor(train_fraction * num_examples)` indices.
+
+  Args:
+    num_examples: size of the whole set.
+    seed: seed of the split; independent of the order of training batches.
+    train_fraction: fraction of the examples that are for training.
+
+  Returns:
+    Two int64 arrays, `(train, test)`, which together hold every index once.
+
+  >>> train, test = split_indices(10, seed=0)
+  >>> len(train), len(test), len(set(train) | set(test))
+  (7, 3, 10)
+  """
+  # A spawn key keeps this stream apart from that of epoch 0.
+  sequence = np.random.SeedSequence(seed, spawn_key=(0,))
+  order = np.random.default_rng(sequence).permutation(num_examples)
+  num_train = math.floor(train_fraction * num_examples)
+  return order[:num_train], order[num_train:]
+
+
+class Batches:
+  """The batches of a split, for any epoch and from any step on."""
+
+  def __init__(
+      self,
+      num_examples: int,
+      batch_size: int,
+      shards: tuple[int, ...],
+      seed: int | None,
+      collate: Callable[[np.ndarray], Batch],
+  ):
+    """Prepares batches.
+
+    Args:
+      num_examples: number of examples in the split.
+      batch_size: examples in a global batch; the last one may be smaller.
+      shards: leading axes over which a global batch is dealt out.
+      seed: seed of the order; None keeps the order of the split.
+      collate: makes a batch of an index array of shape `(*shards, slots)`, in
+        which -1 stands for an empty slot.
+    """
+    if batch_size < 1:
+      raise ValueError(f'batch_size={batch_size}: must be at least 1.')
+    if any(axis < 1 for axis in shards):
+      raise ValueError(f'shards={shards}: every axis must be at least 1.')
+    self._num_examples = num_examples
+    self._batch_size = batch_size
+    self._shards = tuple(shards)
+    self._seed = seed
+    self._collate = collate
+
+  @property
+  def steps_per_epoch(self) -> int:
+    """Number of batches in an epoch, the last, smaller one included."""
+    return -(-self._num_examples // self._batch_size)
+
+  def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    """Yields the batches of `epoch`, beginning at step `start` of it."""
+    if self._seed is None:
+      order = np.arange(self._num_examples)
+    else:
+      generator = np.random.default_rng([self._seed, epoch])
+      order = generator.permutation(self._num_examples)
+    for step in range(start, self.steps_per_epoch):
+      first = step * self._batch_size
+      yield self._collate(self._deal(order[first : first + self._batch_size]))
+
+  def _deal(self, indices: np.ndarray) -> np.ndarray:
+    """Deals indices out contiguously to the shards, filling up with -1."""
+    num_shards = math.prod(self._shards)
+    slots = -(-len(indices) // num_shards)
+    dealt = np.full(num_shards * slots, _EMPTY, np.int64)
+    dealt[: len(indices)] = indices
+    return dealt.reshape(*self._shards, slots)
+
+
+class ArraySplit:
+  """Examples that are the rows of one array.
+
+  >>> split = ArraySplit(np.arange(5.0)[:, None], np.arange(5))
+  >>> batches = split.batches(2)
+  >>> [batch['labels'].tolist() for batch in batches.epoch(0)]
+  [[0, 1], [2, 3], [4]]
+  """
+
+  def __init__(self, inputs: np.ndarray, labels: np.ndarray):
+    """Takes inputs of shape `(n, ...)` and integer labels of shape `(n,)`."""
+    if len(inputs) != len(labels):
+      raise ValueError(f'{len(inputs)} inputs have {len(labels)} labels.')
+    self._inputs = inputs
+    self._labels = np.asarray(labels, np.int32)
+
+  @property
+  def num_examples(self) -> int:
+    """Number of examples."""
+    return len(self._labels)
+
+  def batches(
+      self,
+      batch_size: int,
+      *,
+      shards: tuple[int, ...] = (),
+      seed: int | None = None,
+  ) -> Batches:
+    """Returns the split's batches.
+
+    Args:
+      batch_size: examples in a global batch.
+      shards: leading axes of every leaf, `(replicas,)` or `(replicas, groups)`.
+      seed: seed of each epoch's permutation; None keeps the order.
+
+    Returns:
+      Batches whose leaves have shape `(*shards, slots, ...)`.
+    """
+    return Batches(self.num_examples, batch_size, shards, seed, self._collate)
+
+  def _collate(self, indices: np.ndarray) -> Batch:
+    real = indices != _EMPTY
+    inputs, labels = self._inputs[indices], self._labels[indices]
+    inputs[~real], labels[~real] = 0, 0
+    return {
+        'inputs': inputs,
+        'labels': labels,
+        'weights': real.astype(np.float32),
+    }
+
+
+class GraphSplit:
+  """Examples that are graphs, batched into padded graph tuples.
+
+  A batch is padded to budgets of nodes, edges and graphs that come from a ladder,
+  so that few shapes have to be compiled; a batch that needs more takes a higher
+  level, so no graph is ever dropped or cut. Inside a batch edges are sorted by
+  receiver. Padding nodes and edges belong to the first padding graph, which
+  follows the real graphs; padding edges join its first node to itself.
+  """
+
+  def __init__(
+      self,
+      graphs: Any,
+      labels: np.ndarray,
+      *,
+      node_growth: float = 1.06,
+      edge_growth: float = 1.25,
+  ):
+    """Takes the graphs of the split.
+
+    Args:
+      graphs: one unpadded `jraph.GraphsTuple` of NumPy arrays that holds all n
+        graphs one after the other, as `jraph.batch_np` makes it; `edges` may be
+        None.
+      labels: integer labels of shape `(n,)`.
+      node_growth: ratio of neighbouring levels of the node ladder.
+      edge_growth: ratio of neighbouring edge levels at one node level.
+    """
+    if len(graphs.n_node) != len(labels):
+      raise ValueError(f'{len(graphs.n_node)} graphs have {len(labels)} labels.')
+    # A graph's edges stay together, because its nodes are contiguous.
+    order = np.argsort(graphs.receivers, kind='stable')
+    self._n_node = np.asarray(graphs.n_node, np.int64)
+    self._n_edge = np.asarray(graphs.n_edge, np.int64)
+    self._first_node = _exclusive_sum(self._n_node)
+    self._first_edge = _exclusive_sum(self._n_edge)
+    offsets = np.repeat(self._first_node, self._n_edge)
+    self._senders = graphs.senders[order] - offsets
+    self._receivers = graphs.receivers[order] - offsets
+    self._nodes = graphs.nodes
+    self._edges = None if graphs.edges is None else graphs.edges[order]
+    self._labels = np.asarray(labels, np.int32)
+    self._tuple = graphs._replace
+    self._node_growth = node_growth
+    self._edge_growth = edge_growth
+    # A little more than the average, so that most batches fit the lowest level.
+    edges_per_node = self._n_edge.sum() / max(self._n_node.sum(), 1)
+    self._edges_per_node = max(1.04 * edges_per_node, 1.0)
+
+  @property
+  def num_examples(self) -> int:
+    """Number of graphs."""
+    return len(self._labels)
+
+  def batches(
+      self,
+      batch_size: int,
+      *,
+      shards: tuple[int, ...] = (),
+      seed: int | None = None,
+  ) -> Batches:
+    """Returns the split's batches.
+
+    Args:
+      batch_size: graphs in a global batch.
+      shards: leading axes of every leaf, `(replicas,)` or `(replicas, groups)`.
+      seed: seed of each epoch's permutation; None keeps the order.
+
+    Returns:
+      Batches whose `inputs` are `jraph.GraphsTuple`s; a shard has `slots + 1`
+      graphs, the last of them padding, and labels and weights of that length.
+    """
+    return Batches(self.num_examples, batch_size, shards, seed, self._collate)
+
+  def budget(self, num_nodes: int, num_edges: int) -> tuple[int, int]:
+    """Returns the node and edge budget of the lowest level that fits.
+
+    Args:
+      num_nodes: nodes to hold; the budget has at least one more, for padding.
+      num_edges: edges to hold.
+    """
+    node_budget = _ladder_level(num_nodes + 1, self._node_growth)
+    edge_budget = math.ceil(node_budget * self._edges_per_node)
+    while edge_budget < num_edges:
+      edge_budget = math.ceil(edge_budget * self._edge_growth)
+    return node_budget, edge_budget
+
+  def _collate(self, indices: np.ndarray) -> Batch:
+    *shards, slots = indices.shape
+    rows = [row[row != _EMPTY] for row in indices.reshape(-1, slots)]
+    node_budget, edge_budget = self.budget(
+        max(self._n_node[row].sum() for row in rows),
+        max(self._n_edge[row].sum() for row in rows),
+    )
+    packed = [self._pack(row, node_budget, edge_budget, slots + 1) for row in rows]
+    arrays = {
+        name: np.stack([shard[name] for shard in packed]).reshape(
+            *shards, *packed[0][name].shape
+        )
+        for name in packed[0]
+    }
+    labels, weights = arrays.pop('labels'), arrays.pop('weights')
+    inputs = self._tuple(**{'edges': None, 'globals': None, **arrays})
+    return {'inputs': inputs, 'labels': labels, 'weights': weights}
+
+  def _pack(
+      self, row: np.ndarray, node_budget: int, edge_budget: int, num_graphs: int
+  ) -> dict[str, np.ndarray]:
+    """Packs the graphs of one shard into arrays of the budgets' lengths."""
+    n_node, n_edge = self._n_node[row], self._n_edge[row]
+    num_nodes, num_edges = n_node.sum(), n_edge.sum()
+    nodes = _ranges(self._first_node[row], n_node)
+    edges = _ranges(self._first_edge[row], n_edge)
+    offsets = np.repeat(_exclusive_sum(n_node), n_edge)
+    padding = np.zeros(num_graphs - len(row), np.int64)
+    padding_nodes, padding_edges = padding.copy(), padding.copy()
+    padding_nodes[0] = node_budget - num_nodes
+    padding_edges[0] = edge_budget - num_edges
+    arrays = {
+        'nodes': _fill(self._nodes[nodes], node_budget),
+        'senders': _fill(self._senders[edges] + offsets, edge_budget, num_nodes),
+        'receivers': _fill(self._receivers[edges] + offsets, edge_budget, num_nodes),
+        'n_node': np.concatenate([n_node, padding_nodes]),
+        'n_edge': np.concatenate([n_edge, padding_edges]),
+        'labels': _fill(self._labels[row], num_graphs),
+        'weights': _fill(np.ones(len(row), np.float32), num_graphs),
+    }
+    for name in ('senders', 'receivers', 'n_node', 'n_edge'):
+      arrays[name] = arrays[name].astype(np.int32)
+    if self._edges is not None:
+      arrays['edges'] = _fill(self._edges[edges], edge_budget)
+    return arrays
+
+
+def _ladder_level(size: int, growth: float) -> int:
+  """Returns the lowest level of a geometric ladder that is at least `size`."""
+  exponent = math.ceil(math.log(max(size, 8)) / math.log(growth))
+  # Rounding of the logarithm may put the level one step off, either way.
+  levels = (math.ceil(growth ** (exponent + step)) for step in (-1, 0, 1))
+  return next(level for level in levels if level >= size)
+
+
+def _exclusive_sum(counts: np.ndarray) -> np.ndarray:
+  return np.cumsum(counts) - counts
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+  """Concatenates `range(start, start + length)` of all pairs."""
+  return np.repeat(starts - _exclusive_sum(lengths), lengths) + np.arange(
+      lengths.sum()
+  )
+
+
+def _fill(array: np.ndarray, length: int, value: int = 0) -> np.ndarray:
+  """Appends rows of `value` up to `length`."""
+  filled = np.full((length, *array.shape[1:]), value, array.dtype)
+  filled[: len(array)] = array
+  return filled
