@@ -1,0 +1,173 @@
+"""What every method of the family shares: rho, the second gradient, the record.
+
+A method is an `optax.GradientTransformationExtraArgs` whose state begins with the four
+scalars of `Record` and whose update is told how to take a gradient elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sam_jax import perturbations
+
+ScalarOrSchedule = float | jax.Array | optax.Schedule
+ValueAndGrad = Callable[[optax.Params], tuple[jax.Array, optax.Updates]]
+
+
+class Record(NamedTuple):
+  """The scalars that the state of every method holds under these names.
+
+  Attributes:
+    count: int32, the number of updates made.
+    rho: radius that the last update used; 0 at init.
+    gradient_norm: l2 norm of the last incoming updates; 0 at init.
+    perturbed_loss: loss at w + eps-hat in the last update; 0 at init, and with a plain
+      ``grad_fn``, which does not tell it.
+  """
+
+  count: jax.Array
+  rho: jax.Array
+  gradient_norm: jax.Array
+  perturbed_loss: jax.Array
+
+
+def init_record(params: optax.Params) -> Record:
+  """All zero, in the widest dtype among float32 and those of ``params``."""
+  zero = jnp.zeros([], scalar_dtype(params))
+  return Record(jnp.zeros([], jnp.int32), zero, zero, zero)
+
+
+def next_record(
+    state: Any,
+    *,
+    rho: jax.Array | float,
+    updates: optax.Updates,
+    perturbed_loss: jax.Array | float = 0.0,
+    axis_name: str | None = None,
+) -> Record:
+  """The record after one update.
+
+  Args:
+    state: the method's state before the update.
+    rho: the radius used.
+    updates: the incoming updates.
+    perturbed_loss: the loss at w + eps-hat.
+    axis_name: a mapped axis over which norm and loss are averaged, so that replicas
+      that perturb on their own batches still hold one and the same state.
+  """
+  dtype = state.rho.dtype
+  measured = (perturbations.norm(updates), jnp.asarray(perturbed_loss, dtype))
+  if axis_name is not None:
+    measured = jax.lax.pmean(measured, axis_name)
+  gradient_norm, perturbed_loss = measured
+  return Record(
+      count=optax.safe_increment(state.count),
+      rho=jnp.asarray(rho, dtype),
+      gradient_norm=gradient_norm.astype(dtype),
+      perturbed_loss=perturbed_loss,
+  )
+
+
+def scalar_dtype(params: optax.Params) -> jnp.dtype:
+  """float32, or float64 where the parameters are."""
+  dtypes = [x.dtype for x in jax.tree.leaves(params)]
+  floating = [d for d in dtypes if jnp.issubdtype(d, jnp.floating)]
+  return jnp.result_type(jnp.float32, *floating)
+
+
+def check_rho(rho: ScalarOrSchedule, name: str = 'rho') -> None:
+  """Raises ValueError for a negative number; arrays and schedules are not looked at."""
+  if isinstance(rho, (int, float)) and not rho >= 0:
+    raise ValueError(f'{name} must be at least 0, got {rho}: it is a radius.')
+
+
+def resolve(value: ScalarOrSchedule, count: jax.Array) -> jax.Array | float:
+  """The value of a number or a schedule at ``count``."""
+  return value(count) if callable(value) else value
+
+
+def is_off(rho: ScalarOrSchedule) -> bool:
+  """Whether rho is a Python 0, known while tracing."""
+  return isinstance(rho, (int, float)) and rho == 0
+
+
+def where_on(
+    rho: jax.Array | float, perturbed: optax.Updates, updates: optax.Updates
+) -> optax.Updates:
+  """``perturbed`` where rho > 0, else ``updates``: a select, so NaN cannot leak."""
+  return jax.tree.map(
+      lambda p, u: jnp.where(jnp.asarray(rho) > 0, p.astype(u.dtype), u),
+      perturbed,
+      updates,
+  )
+
+
+def gradient_function(
+    params: optax.Params,
+    grad_fn: Callable | None,
+    value_and_grad_fn: Callable | None,
+) -> ValueAndGrad:
+  """One function ``params -> (value, grads)`` from whichever of the two was given.
+
+  Args:
+    params: the parameters; results must have their tree structure.
+    grad_fn: ``params -> grads``; the value is then 0.
+    value_and_grad_fn: ``params -> (value, grads)``.
+
+  Returns:
+    The function. Half-precision parameters have to be handed to it in float32, or
+    rounding eats the perturbation: `perturb` does so.
+
+  Raises:
+    ValueError: neither or both functions were given, or no params.
+    TypeError: when called: the result's tree differs from that of params.
+  """
+  if params is None:
+    raise ValueError(
+        'the perturbation starts from the parameters: call '
+        'tx.update(grads, opt_state, params, grad_fn=...).'
+    )
+  if (grad_fn is None) == (value_and_grad_fn is None):
+    given = 'neither' if grad_fn is None else 'both'
+    raise ValueError(
+        f'exactly one of grad_fn and value_and_grad_fn is required, got {given}: call '
+        'tx.update(grads, opt_state, params, grad_fn=jax.grad(loss)).'
+    )
+
+  def evaluate(at):
+    if value_and_grad_fn is None:
+      value, grads = jnp.zeros([], scalar_dtype(params)), grad_fn(at)
+      name = 'grad_fn'
+    else:
+      value, grads = value_and_grad_fn(at)
+      name = 'value_and_grad_fn'
+    got, expected = jax.tree.structure(grads), jax.tree.structure(params)
+    if got != expected:
+      raise TypeError(
+          f'{name} must return gradients with the tree structure of params (a function '
+          f'with has_aux=True does not): expected {expected}, got {got}.'
+      )
+    if jnp.shape(value):
+      raise TypeError(
+          f'{name} must return a scalar value, got shape {jnp.shape(value)}: take the '
+          'mean over the batch.'
+      )
+    return value, grads
+
+  return evaluate
+
+
+def perturb(params: optax.Params, eps: optax.Updates) -> optax.Params:
+  """``params + eps`` in at least float32.
+
+  Half-precision parameters come out in float32: at 1e7 bfloat16 weights and rho = .05,
+  rounding the sum to bfloat16 would eat 82 % of the perturbation.
+  """
+  return jax.tree.map(
+      lambda w, e: w + e.astype(w.dtype), perturbations.at_least_float32(params), eps
+  )

@@ -1,0 +1,183 @@
+r"""Ascent steps: optax transformations from a gradient to a perturbation.
+
+A perturbation maps the gradient :math:`g` at :math:`w` to :math:`\hat\epsilon` at unit
+radius. The method that uses it (`sam_jax.sam`, ...) multiplies the result by its
+``rho``, so that schedules, injection and sweeps of rho live in one place.
+
+Each one is an ordinary `optax.GradientTransformationExtraArgs` and composes as such:
+
+* ``optax.chain(global_norm(), optax.scale(2.0))`` doubles the radius;
+* ``optax.selective_transform(global_norm(), freeze_mask=...)`` perturbs some leaves
+  only, and takes the norm over those (never `optax.masked`: it lets the raw gradient
+  of the other leaves through as their perturbation);
+* ``optax.multi_transform({'a': global_norm(), 'b': adaptive()}, labels)`` gives each
+  group its own rule and its own norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+WeightsMask = bool | Any | Callable[[optax.Params], Any] | None
+
+
+def global_norm() -> optax.GradientTransformationExtraArgs:
+  r"""Scales the gradient to unit norm over the whole tree, as SAM does.
+
+  .. math:: \hat\epsilon = g / \|g\|_2
+
+  A zero gradient gives a zero perturbation.
+
+  Returns:
+    A stateless transformation; norms are taken in at least float32.
+
+  >>> import jax.numpy as jnp, sam_jax
+  >>> p = sam_jax.perturbations.global_norm()
+  >>> eps, _ = p.update({'w': jnp.array([3.0, 4.0])}, p.init(None))
+  >>> [round(float(x), 6) for x in eps['w']]
+  [0.6, 0.8]
+
+  References:
+    Foret et al., Sharpness-Aware Minimization for Efficiently Improving
+    Generalization, 2021, eq. 2 (arXiv:2010.01412).
+  """
+
+  def update_fn(updates, params=None, **extra_args):
+    del params, extra_args
+    return scale_tree(updates, safe_reciprocal(norm(updates)))
+
+  return _stateless(update_fn)
+
+
+def adaptive(
+    eta: float = 0.01, *, weights: WeightsMask = None
+) -> optax.GradientTransformationExtraArgs:
+  r"""Scales the gradient by the size of each weight, as ASAM does.
+
+  .. math:: \hat\epsilon = T^2 g / \|T g\|_2, \qquad
+            T = |w| + \eta \text{ on weights}, \; 1 \text{ elsewhere}
+
+  so that :math:`\|T^{-1} \hat\epsilon\| = 1`. ``adaptive()`` is the rule of the ASAM
+  paper. ``adaptive(eta=0.0, weights=True)`` is the every-parameter rule
+  :math:`w^2 g / \| |w| g \|`, the one that is invariant to rescaling of layers.
+
+  Args:
+    eta: added to :math:`|w|`, in the units of the parameters; at least 0.
+    weights: which leaves are weights: None for those with two or more axes, True for
+      all, a tree of bools like the parameters, or a function from the parameters to
+      such a tree.
+
+  Returns:
+    A stateless transformation; its ``update`` requires ``params``.
+
+  Raises:
+    ValueError: ``eta`` is negative, or ``update`` is called without ``params``.
+
+  >>> import jax.numpy as jnp, sam_jax
+  >>> p = sam_jax.perturbations.adaptive(eta=0.0, weights=True)
+  >>> w = {'w': jnp.array([1.0, 2.0])}
+  >>> eps, _ = p.update({'w': jnp.array([2.0, 1.0])}, p.init(w), w)
+  >>> [round(float(x), 4) for x in eps['w']]
+  [0.7071, 1.4142]
+
+  References:
+    Kwon et al., ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant
+    Learning of Deep Neural Networks, 2021, eq. 4 and section 3.1 (arXiv:2102.11600).
+  """
+  if isinstance(eta, (int, float)) and not eta >= 0:
+    raise ValueError(f'eta must be at least 0, got {eta}: eta is added to |w|.')
+
+  def update_fn(updates, params=None, **extra_args):
+    del extra_args
+    if params is None:
+      raise ValueError(
+          'adaptive perturbations scale with the parameters: call '
+          'update(grads, state, params).'
+      )
+    is_weight = weights_mask(weights, params)
+    operator = jax.tree.map(
+        lambda w, yes: jnp.abs(w) + eta if yes else jnp.ones_like(w), params, is_weight
+    )
+    scaled = jax.tree.map(jnp.multiply, operator, updates)
+    direction = jax.tree.map(jnp.multiply, operator, scaled)
+    return scale_tree(direction, safe_reciprocal(norm(scaled)))
+
+  return _stateless(update_fn)
+
+
+def unnormalized() -> optax.GradientTransformationExtraArgs:
+  r"""Leaves the gradient as it is, as USAM does: :math:`\hat\epsilon = g`.
+
+  Returns:
+    A stateless transformation.
+
+  >>> import jax.numpy as jnp, sam_jax
+  >>> p = sam_jax.perturbations.unnormalized()
+  >>> eps, _ = p.update({'w': jnp.array([3.0, 4.0])}, p.init(None))
+  >>> eps['w'].tolist()
+  [3.0, 4.0]
+
+  References:
+    Andriushchenko and Flammarion, Towards Understanding Sharpness-Aware Minimization,
+    2022 (arXiv:2206.06232).
+  """
+
+  def update_fn(updates, params=None, **extra_args):
+    del params, extra_args
+    return updates
+
+  return _stateless(update_fn)
+
+
+def weights_mask(weights: WeightsMask, params: optax.Params) -> Any:
+  """Answers, leaf by leaf, which parameters are weights (see `adaptive`)."""
+  if weights is None:
+    return jax.tree.map(lambda w: jnp.ndim(w) >= 2, params)
+  if isinstance(weights, bool):
+    return jax.tree.map(lambda _: weights, params)
+  return weights(params) if callable(weights) else weights
+
+
+def norm(tree: optax.Updates) -> jax.Array:
+  """The l2 norm over a whole tree, summed in at least float32 (bf16 would round)."""
+  return optax.tree.norm(at_least_float32(tree))
+
+
+def safe_reciprocal(value: jax.Array) -> jax.Array:
+  """``1 / value``, and 0 where the value is 0: no NaN in either branch."""
+  positive = value > 0
+  return jnp.where(positive, 1 / jnp.where(positive, value, 1), 0)
+
+
+def scale_tree(tree: optax.Updates, factor: jax.Array) -> optax.Updates:
+  """``factor * tree``, each leaf in its own dtype."""
+  return jax.tree.map(lambda x: (factor * x).astype(x.dtype), tree)
+
+
+def at_least_float32(tree: Any) -> Any:
+  """Casts half-precision leaves to float32; works on `jax.ShapeDtypeStruct` too."""
+
+  def cast(x):
+    if not jnp.issubdtype(x.dtype, jnp.floating) or jnp.finfo(x.dtype).bits >= 32:
+      return x
+    if isinstance(x, jax.ShapeDtypeStruct):
+      return jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    return x.astype(jnp.float32)
+
+  return jax.tree.map(cast, tree)
+
+
+def _stateless(update_fn: Callable) -> optax.GradientTransformationExtraArgs:
+  """A transformation without state from ``update(updates, params, **extra_args)``."""
+
+  def update(updates, state, params=None, **extra_args):
+    return update_fn(updates, params, **extra_args), state
+
+  return optax.GradientTransformationExtraArgs(
+      lambda params: optax.EmptyState(), update
+  )

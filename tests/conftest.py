@@ -1,0 +1,40 @@
+"""Settings that every test runs under: 8 host devices, typed keys, strict shapes."""
+
+import os
+
+# Before jax starts: eight CPU devices in one process, so pmap is really parallel.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+_FLAGS = os.environ.get('XLA_FLAGS', '')
+if 'xla_force_host_platform_device_count' not in _FLAGS:
+  os.environ['XLA_FLAGS'] = f'{_FLAGS} --xla_force_host_platform_device_count=8'.strip()
+
+import pathlib  # noqa: E402
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_threefry_partitionable', True)
+# Compiled functions outlive the test process: XLA compiles are slow.
+jax.config.update('jax_compilation_cache_dir', '.jax_cache')
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+settings.register_profile('default', deadline=None, max_examples=30, derandomize=True)
+settings.load_profile('default')
+
+
+@pytest.fixture
+def x64():
+  """Runs a test in float64."""
+  with jax.enable_x64(True):
+    yield
+
+
+@pytest.fixture(scope='session')
+def data_dir() -> pathlib.Path:
+  """The folder with the real data sets, named by SAM_JAX_TEST_DATA."""
+  folder = os.environ.get('SAM_JAX_TEST_DATA', '')
+  if not folder or not pathlib.Path(folder).is_dir():
+    pytest.skip('SAM_JAX_TEST_DATA does not name a folder with the real data sets')
+  return pathlib.Path(folder)
