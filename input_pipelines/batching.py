@@ -165,16 +165,17 @@ class GraphSplit:
       graphs: Any,
       labels: np.ndarray,
       *,
+      indices: np.ndarray | None = None,
       node_growth: float = 1.06,
       edge_growth: float = 1.25,
   ):
-    """Takes the graphs of the split.
+    """Takes graphs and says which of them are the split's.
 
     Args:
-      graphs: one unpadded `jraph.GraphsTuple` of NumPy arrays that holds all n
-        graphs one after the other, as `jraph.batch_np` makes it; `edges` may be
-        None.
+      graphs: one unpadded `jraph.GraphsTuple` of NumPy arrays that holds n graphs
+        one after the other, as `jraph.batch_np` makes it; `edges` may be None.
       labels: integer labels of shape `(n,)`.
+      indices: which graphs belong to the split, in its order; by default all.
       node_growth: ratio of neighbouring levels of the node ladder.
       edge_growth: ratio of neighbouring edge levels at one node level.
     """
@@ -182,21 +183,24 @@ class GraphSplit:
       raise ValueError(f'{len(graphs.n_node)} graphs have {len(labels)} labels.')
     # A graph's edges stay together, because its nodes are contiguous.
     order = np.argsort(graphs.receivers, kind='stable')
-    self._n_node = np.asarray(graphs.n_node, np.int64)
-    self._n_edge = np.asarray(graphs.n_edge, np.int64)
-    self._first_node = _exclusive_sum(self._n_node)
-    self._first_edge = _exclusive_sum(self._n_edge)
-    offsets = np.repeat(self._first_node, self._n_edge)
+    n_node = np.asarray(graphs.n_node, np.int64)
+    n_edge = np.asarray(graphs.n_edge, np.int64)
+    first_node, first_edge = _exclusive_sum(n_node), _exclusive_sum(n_edge)
+    offsets = np.repeat(first_node, n_edge)
     self._senders = graphs.senders[order] - offsets
     self._receivers = graphs.receivers[order] - offsets
     self._nodes = graphs.nodes
     self._edges = None if graphs.edges is None else graphs.edges[order]
-    self._labels = np.asarray(labels, np.int32)
+    indices = np.arange(len(labels)) if indices is None else indices
+    self._n_node, self._n_edge = n_node[indices], n_edge[indices]
+    self._first_node, self._first_edge = first_node[indices], first_edge[indices]
+    self._labels = np.asarray(labels, np.int32)[indices]
     self._tuple = graphs._replace
     self._node_growth = node_growth
     self._edge_growth = edge_growth
     # A little more than the average, so that most batches fit the lowest level.
-    edges_per_node = self._n_edge.sum() / max(self._n_node.sum(), 1)
+    # Of all graphs, so that the parts of one set share their shapes.
+    edges_per_node = n_edge.sum() / max(n_node.sum(), 1)
     self._edges_per_node = max(1.04 * edges_per_node, 1.0)
 
   @property
