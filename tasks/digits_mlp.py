@@ -1,0 +1,38 @@
+"""Handwritten digits (scikit-learn's 1,797 scans) with a small multilayer perceptron.
+
+python train.py                    SGD
+python train.py --optimizer=sam    SAM
+
+Expected: see the table below. Data: embedded, no network.
+"""
+
+import models
+import training
+from input_pipelines import digits
+
+RECIPE = training.Config(
+    task='digits_mlp',
+    optimizer='sgd',
+    base_optimizer='sgd',
+    epochs=50,
+    batch_size=64,
+    learning_rate=0.1,
+    schedule='cosine',
+    label_smoothing=0.1,
+)
+
+# Radii of the methods whose default does not suit this task.
+RHO = {}
+
+
+def build(config: training.Config) -> training.Workload:
+  """The perceptron and a random 70/30 split of the scans."""
+  train, test, num_classes, _ = digits.load(seed=config.split_seed)
+  batch = next(train.batches(1).epoch(0))
+  return training.Workload(
+      model=models.MLP(num_classes=num_classes),
+      train=train,
+      test=test,
+      num_classes=num_classes,
+      example_inputs=batch['inputs'],
+  )

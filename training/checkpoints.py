@@ -1,0 +1,257 @@
+"""Checkpoints: orbax files with a checksum, the newest two of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import pathlib
+import shutil
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from training.errors import TrainingDiverged, UsageError
+from training.step import TrainState
+
+FOLDER = 'checkpoints'
+_DAMAGED = 'damaged_checkpoints'
+_KEEP = 2
+
+
+class Checkpoint(NamedTuple):
+  """A stored state.
+
+  Attributes:
+    arrays: path -> NumPy array: params/..., batch_stats/..., opt_state/..., key, step.
+    position: JSON: where in the data the run stood, and its running sums.
+  """
+
+  arrays: dict[str, np.ndarray]
+  position: dict[str, Any]
+
+
+class Checkpoints:
+  """The checkpoints of one workdir, written by one process."""
+
+  def __init__(self, workdir: pathlib.Path):
+    """Opens the folder, or makes it."""
+    self._folder = (workdir / FOLDER).absolute()
+    self._folder.mkdir(exist_ok=True)
+    self._manager = self._open()
+
+  def _open(self) -> ocp.CheckpointManager:
+    _quiet_orbax()
+    only_me = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}
+    )
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=_KEEP,
+        create=False,
+        enable_async_checkpointing=False,
+        cleanup_tmp_directories=True,
+        multiprocessing_options=only_me,
+    )
+    return ocp.CheckpointManager(self._folder, options=options)
+
+  def save(self, state: TrainState, position: dict[str, Any]) -> None:
+    """Stores a state at its step, whole or not at all.
+
+    Raises:
+      TrainingDiverged: a parameter is not finite; the older checkpoints stay.
+    """
+    arrays = to_arrays(state)
+    step = int(arrays['step'])
+    for name, array in arrays.items():
+      if name.startswith('params/') and not np.isfinite(array.astype(np.float32)).all():
+        raise TrainingDiverged(
+            f'the parameter {name[len("params/"):]} is not finite after step {step}: '
+            'the last good checkpoint is kept; try a lower --learning_rate or --rho.'
+        )
+    self._manager.save(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.PyTreeSave(_nest(arrays)),
+            position=ocp.args.JsonSave(
+                {**position, 'checksum': _checksum(arrays, position)}
+            ),
+        ),
+    )
+
+  def restore_newest(self) -> Checkpoint | None:
+    """The newest undamaged checkpoint; damaged ones are moved away with a warning."""
+    while self._steps():
+      step = self._steps()[-1]
+      try:
+        return _read(self._manager, step)
+      except Exception as error:  # orbax raises whatever the damaged byte leads to
+        shelf = self._folder.parent / _DAMAGED
+        shelf.mkdir(exist_ok=True)
+        shutil.rmtree(shelf / str(step), ignore_errors=True)
+        shutil.move(self._folder / str(step), shelf / str(step))
+        warnings.warn(
+            f'the checkpoint of step {step} in {self._folder} is damaged '
+            f'({_brief(error)}): it is moved to {shelf.name}/, and the run continues '
+            'from the one before.',
+            stacklevel=2,
+        )
+        self._manager.close()
+        self._manager = self._open()
+    return None
+
+  def _steps(self) -> list[int]:
+    return sorted(self._manager.all_steps())
+
+  def close(self) -> None:
+    """Releases orbax's threads."""
+    self._manager.close()
+
+
+def load(workdir: pathlib.Path) -> Checkpoint:
+  """Reads the newest undamaged checkpoint of a run and changes nothing.
+
+  Raises:
+    UsageError: there is none.
+  """
+  folder = (workdir / FOLDER).absolute()
+  steps = []
+  if folder.is_dir():
+    steps = sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()))
+  if not steps:
+    raise UsageError(
+        f'{workdir} has no checkpoint yet: run train.py --workdir={workdir} first.'
+    )
+  _quiet_orbax()
+  options = ocp.CheckpointManagerOptions(read_only=True)
+  for step in reversed(steps):
+    with contextlib.closing(ocp.CheckpointManager(folder, options=options)) as manager:
+      try:
+        return _read(manager, step)
+      except Exception as error:  # as above
+        warnings.warn(
+            f'the checkpoint of step {step} in {folder} is damaged ({_brief(error)}): '
+            'the one before is read.',
+            stacklevel=2,
+        )
+  raise UsageError(
+      f'every checkpoint in {folder} is damaged: train again into another --workdir.'
+  )
+
+
+def to_arrays(state: TrainState) -> dict[str, np.ndarray]:
+  """A state as NumPy arrays by path; typed keys become their data."""
+  arrays = {}
+  for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+    if array.size:  # orbax stores no empty arrays
+      arrays[name] = array
+  return arrays
+
+
+def from_arrays(arrays: dict[str, np.ndarray], like: Any, origin: str) -> Any:
+  """Arrays by path in the structure of a state, or of a part of one.
+
+  Args:
+    arrays: as `to_arrays` makes them.
+    like: the structure, with its shapes and types.
+    origin: where the arrays come from, for the message.
+
+  Raises:
+    UsageError: names the first array that is missing, left over or of another shape.
+  """
+  wanted, structure = jax.tree_util.tree_flatten_with_path(like)
+  left = dict(arrays)
+  leaves = []
+  for path, leaf in wanted:
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    data = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    array = left.pop(name, None)
+    if array is None and np.size(data):
+      raise UsageError(
+          f'{origin} is of another model or optimizer: it has no {name}, '
+          f'{np.shape(data)} here.'
+      )
+    array = np.zeros_like(data) if array is None else array
+    if array.shape != np.shape(data) or array.dtype != data.dtype:
+      raise UsageError(
+          f'{origin} is of another model or optimizer: {name} is '
+          f'{array.dtype}{list(array.shape)} there and '
+          f'{data.dtype}{list(np.shape(data))} here.'
+      )
+    if _is_key(leaf):
+      array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
+    leaves.append(array)
+  if left:
+    raise UsageError(
+        f'{origin} is of another model or optimizer: it also has {min(left)}.'
+    )
+  return structure.unflatten(leaves)
+
+
+def select(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+  """The arrays under one field of the state, by the rest of their paths."""
+  start = f'{prefix}/'
+  return {
+      name[len(start):]: array
+      for name, array in arrays.items() if name.startswith(start)
+  }
+
+
+def _read(manager: ocp.CheckpointManager, step: int) -> Checkpoint:
+  """Reads and verifies one checkpoint."""
+  restored = manager.restore(
+      step,
+      args=ocp.args.Composite(
+          state=ocp.args.PyTreeRestore(), position=ocp.args.JsonRestore()
+      ),
+  )
+  position = dict(restored.position)
+  checksum = position.pop('checksum')
+  arrays = {
+      jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(leaf)
+      for path, leaf in jax.tree_util.tree_flatten_with_path(restored.state)[0]
+  }
+  if _checksum(arrays, position) != checksum:
+    raise ValueError('its checksum does not match')
+  return Checkpoint(arrays, position)
+
+
+def _nest(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+  """Arrays as nested dicts, so that orbax files read well without this project."""
+  tree: dict[str, Any] = {}
+  for name, array in arrays.items():
+    *parents, leaf = name.split('/')
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[leaf] = array
+  return tree
+
+
+def _checksum(arrays: dict[str, np.ndarray], position: dict[str, Any]) -> str:
+  digest = hashlib.blake2b(digest_size=16)
+  digest.update(json.dumps(position, sort_keys=True).encode())
+  for name in sorted(arrays):
+    array = np.ascontiguousarray(arrays[name])
+    digest.update(f'{name} {array.dtype} {array.shape}'.encode())
+    digest.update(array.tobytes())
+  return digest.hexdigest()
+
+
+def _is_key(leaf: Any) -> bool:
+  return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _brief(error: Exception) -> str:
+  lines = str(error).splitlines() or [type(error).__name__]
+  return lines[0][:120]
+
+
+def _quiet_orbax() -> None:
+  """Silences orbax's own log lines; what matters is raised."""
+  logging.getLogger('absl').setLevel(logging.CRITICAL)

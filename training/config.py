@@ -1,0 +1,230 @@
+"""The configuration of a run: every field is a flag of `train.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+from typing import Any
+
+from training.errors import UsageError
+
+FILE_NAME = 'config.json'
+SCHEDULES = ('step', 'cosine', 'constant')
+DTYPES = ('float32', 'bfloat16')
+ADAPTIVE_RULES = ('weights', 'all')
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+
+
+def _field(default: Any, help_text: str, *, may_change: bool = False) -> Any:
+  """A field and its flag; one that may change does not alter what the run computes."""
+  return dataclasses.field(
+      default=default, metadata={'help': help_text, 'may_change': may_change}
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Everything that decides what a run computes, with where its data lies.
+
+  Units: learning rates and radii in those of the parameters, durations in epochs or
+  steps as named, batch sizes in examples over all devices together.
+  """
+
+  task: str = _field('digits_mlp', 'workload: model, data and recipe')
+  dataset: str = _field('', 'data set by name, for tasks over a collection (PROTEINS)')
+  optimizer: str = _field(
+      'sgd', 'a sharpness-aware method (sam, asam, usam), or a base optimizer alone'
+  )
+  base_optimizer: str = _field(
+      '', 'what follows the method: sgd, momentum, nesterov, adam, adamw'
+  )
+  rho: float | None = _field(None, "the method's perturbation radius")
+  epochs: int = _field(50, 'passes over the training split')
+  batch_size: int = _field(64, 'examples a step, over all devices together')
+  learning_rate: float = _field(0.1, 'peak learning rate')
+  schedule: str = _field(
+      'step', 'step (x0.2 at 30, 60, 80 % of the epochs), cosine or constant'
+  )
+  warmup_epochs: float = _field(0.0, 'epochs of linear warm-up from zero')
+  momentum: float = _field(0.9, 'of the base optimizers momentum and nesterov')
+  weight_decay: float = _field(
+      0.0, 'L2 coefficient, added to the gradient (adamw: decoupled)'
+  )
+  label_smoothing: float = _field(0.1, 'probability spread over the wrong classes')
+  m_sharpness: int = _field(
+      0, 'examples a group, each of which is perturbed for itself; 0: one a device'
+  )
+  sync_perturbation: bool = _field(
+      False, 'one common perturbation over all devices, instead of one each'
+  )
+  adaptive_eta: float = _field(0.01, 'asam: added to |w|')
+  adaptive_rule: str = _field(
+      'weights', 'asam: scale the radius by |w| in weights (ndim >= 2) only, or in all'
+  )
+  clip_norm: float = _field(0.0, "largest global norm of the update's gradient; 0: off")
+  dtype: str = _field('float32', 'compute type, float32 or bfloat16')
+  seed: int = _field(0, 'of initialisation, order of examples and dropout')
+  split_seed: int = _field(0, 'of the random split into training and test examples')
+  init_from: str = _field('', "start from the parameters of this other run's workdir")
+  manual_dir: str = _field(
+      '', "folder with the publisher's archive", may_change=True
+  )
+  data_dir: str = _field('', 'folder with prepared data sets', may_change=True)
+  log_every: int = _field(
+      0, 'also write a metrics line every so many steps; 0: each epoch only'
+  )
+  checkpoint_every: int = _field(
+      0, 'steps between checkpoints; 0: each epoch', may_change=True
+  )
+
+
+def validate(config: Config) -> None:
+  """Checks the values that need no other module.
+
+  Raises:
+    UsageError: names the field, its value and what it may be.
+  """
+  for field in dataclasses.fields(Config):
+    value = getattr(config, field.name)
+    if isinstance(value, float) and not math.isfinite(value):
+      raise UsageError(f'--{field.name}={value}: must be a finite number.')
+  for name in ('epochs', 'batch_size'):
+    _require(config, name, getattr(config, name) >= 1, 'must be at least 1')
+  for name in (
+      'learning_rate', 'warmup_epochs', 'weight_decay', 'm_sharpness', 'adaptive_eta',
+      'clip_norm', 'seed', 'split_seed', 'log_every', 'checkpoint_every',
+  ):
+    _require(config, name, getattr(config, name) >= 0, 'must not be negative')
+  if config.rho is not None:
+    _require(
+        config, 'rho', config.rho >= 0,
+        'the radius must not be negative; 0 turns the perturbation off',
+    )
+  for name, choices in (
+      ('schedule', SCHEDULES), ('dtype', DTYPES), ('adaptive_rule', ADAPTIVE_RULES),
+  ):
+    require_choice(name, getattr(config, name), choices)
+  for name in ('momentum', 'label_smoothing'):
+    _require(
+        config, name, 0 <= getattr(config, name) < 1, 'must be at least 0 and below 1'
+    )
+  _require(
+      config, 'warmup_epochs', config.warmup_epochs < config.epochs,
+      f'must be less than --epochs={config.epochs}',
+  )
+
+
+def require_choice(name: str, value: str, choices: Any) -> None:
+  """Raises UsageError unless value is one of choices."""
+  if value not in choices:
+    raise UsageError(f'--{name}={value}: choose one of {", ".join(choices)}.')
+
+
+def _require(config: Config, name: str, condition: bool, reason: str) -> None:
+  if not condition:
+    raise UsageError(f'--{name}={getattr(config, name)}: {reason}.')
+
+
+def versions() -> dict[str, str]:
+  """Versions of Python and of the packages that decide the arithmetic."""
+  found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+  return {'python': platform.python_version(), **found}
+
+
+def save(config: Config, workdir: pathlib.Path) -> None:
+  """Writes `config.json`, whole or not at all."""
+  write_json(
+      workdir / FILE_NAME,
+      {'config': dataclasses.asdict(config), 'versions': versions()},
+  )
+
+
+def load(workdir: str | os.PathLike[str]) -> Config:
+  """Reads the configuration of a run.
+
+  Raises:
+    UsageError: there is none, or it cannot be read.
+  """
+  path = pathlib.Path(workdir) / FILE_NAME
+  if not path.is_file():
+    raise UsageError(
+        f'{workdir} holds no run: {path} does not exist; give the --workdir of a '
+        'train.py run.'
+    )
+  try:
+    fields = json.loads(path.read_text())['config']
+    known = {field.name for field in dataclasses.fields(Config)}
+    # Fields of a later version are refused, fields of an earlier one take defaults.
+    unknown = sorted(set(fields) - known)
+    if unknown:
+      raise UsageError(
+          f'{path} has fields unknown to this version ({", ".join(unknown)}): use the '
+          'version that wrote it.'
+      )
+    return Config(**fields)
+  except (ValueError, KeyError, TypeError) as error:
+    if isinstance(error, UsageError):
+      raise
+    raise UsageError(
+        f'{path} is damaged ({error}): restore it, or choose another --workdir.'
+    ) from error
+
+
+def check(config: Config, workdir: pathlib.Path) -> None:
+  """Checks that workdir is this run's own, or free; changes nothing.
+
+  Raises:
+    UsageError: it belongs to another configuration, or holds other files.
+  """
+  if workdir.exists() and not workdir.is_dir():
+    raise UsageError(f'--workdir={workdir} is not a folder: choose another.')
+  if (workdir / FILE_NAME).exists():
+    differing = differences(load(workdir), config)
+    if differing:
+      raise UsageError(
+          f'--workdir={workdir} belongs to another configuration '
+          f'({"; ".join(differing)}): choose another --workdir, or the same flags.'
+      )
+    return
+  if not workdir.exists():
+    return
+  # A run killed while it was born leaves only the temporary file.
+  strangers = [p.name for p in workdir.iterdir() if p.name != f'{FILE_NAME}.tmp']
+  if strangers:
+    raise UsageError(
+        f'--workdir={workdir} is not empty and holds no {FILE_NAME} (but '
+        f'{min(strangers)}): choose a new or empty folder.'
+    )
+
+
+def claim(config: Config, workdir: pathlib.Path) -> None:
+  """Makes a checked workdir this run's own."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  if not (workdir / FILE_NAME).exists():
+    save(config, workdir)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+  """Fields in which two configurations compute different things, as sentences."""
+  return [
+      f'{field.name} is {getattr(old, field.name)!r} there and '
+      f'{getattr(new, field.name)!r} here'
+      for field in dataclasses.fields(Config)
+      if not field.metadata['may_change']
+      and getattr(old, field.name) != getattr(new, field.name)
+  ]
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes JSON so that a reader finds the old file or the new one, never half."""
+  temporary = path.with_name(f'{path.name}.tmp')
+  with open(temporary, 'w') as file:
+    file.write(json.dumps(value, indent=2) + '\n')
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)

@@ -1,0 +1,33 @@
+"""The picture of a run: `curves.png`."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+FILE_NAME = 'curves.png'
+
+
+def save(workdir: pathlib.Path, lines: list[dict[str, Any]], title: str) -> None:
+  """Draws loss and accuracy by epoch from the lines of `metrics.jsonl`."""
+  from matplotlib.figure import Figure  # Slow to import, and needed once a run.
+
+  figure = Figure(figsize=(9, 3.4), layout='constrained')
+  axes = figure.subplots(1, 2)
+  for split, colour in (('train', 'C0'), ('test', 'C1')):
+    chosen = [line for line in lines if line['split'] == split]
+    epochs = [line['epoch'] for line in chosen]
+    axes[0].plot(epochs, [line['loss'] for line in chosen], colour, label=split)
+    accuracy = [100 * line['accuracy'] for line in chosen]
+    axes[1].plot(epochs, accuracy, colour, label=split)
+    perturbed = [line['perturbed_loss'] for line in chosen]
+    if split == 'train' and any(value is not None for value in perturbed):
+      axes[0].plot(epochs, perturbed, f'{colour}--', lw=1, label='train, perturbed')
+  axes[0].set(xlabel='epoch', ylabel='loss (nats)', yscale='log')
+  axes[1].set(xlabel='epoch', ylabel='accuracy (%)')
+  axes[0].legend(frameon=False)
+  axes[1].legend(frameon=False)
+  figure.suptitle(title)
+  for panel in axes:
+    panel.grid(alpha=0.3)
+  figure.savefig(workdir / FILE_NAME, dpi=120)

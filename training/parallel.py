@@ -1,0 +1,154 @@
+"""Data parallelism: the only module that maps a step over devices."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from training.errors import UsageError
+
+AXIS = 'batch'
+_TEXT_BYTES = 1 << 16
+
+
+class DataParallel:
+  """Replicas of a step, one a device, which communicate over the axis `AXIS`."""
+
+  def __init__(self, num_devices: int = 0):
+    """Takes the first num_devices devices of this process; 0 takes all."""
+    devices = jax.local_devices()
+    if num_devices > len(devices):
+      raise UsageError(
+          f'--devices={num_devices}: this process has {len(devices)} '
+          f'{devices[0].platform} device(s); give at most that, or 0 for all.'
+      )
+    if num_devices < 0:
+      raise UsageError(f'--devices={num_devices}: must not be negative.')
+    self._devices = devices[: num_devices or len(devices)]
+    self._num_local = len(self._devices)
+
+  @property
+  def num_replicas(self) -> int:
+    """Replicas over all processes."""
+    return self._num_local * jax.process_count()
+
+  @property
+  def device_kind(self) -> str:
+    """What the devices call themselves."""
+    return self._devices[0].device_kind
+
+  def map(self, step: Callable[..., Any], *, donate: bool = False) -> Callable[..., Any]:
+    """Maps a step written per replica; with donate its first argument is consumed."""
+    return jax.pmap(
+        step,
+        axis_name=AXIS,
+        devices=self._devices if jax.process_count() == 1 else None,
+        donate_argnums=(0,) if donate else (),
+    )
+
+  def replicate(self, tree: Any) -> Any:
+    """Gives every leaf a leading axis, one copy a local replica."""
+    def stack(leaf):
+      if _is_key(leaf):
+        data = stack(jax.random.key_data(leaf))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+      leaf = np.asarray(leaf)
+      return np.broadcast_to(leaf, (self._num_local, *leaf.shape))
+
+    return jax.tree.map(stack, tree)
+
+  def first(self, tree: Any) -> Any:
+    """The first local replica of a mapped result, without the leading axis."""
+    return jax.tree.map(lambda leaf: leaf.addressable_shards[0].data[0], tree)
+
+  def local(self, batch: Any) -> Any:
+    """The shards of a global batch that belong to this process."""
+    if jax.process_count() == 1:
+      return batch
+    start = jax.process_index() * self._num_local
+    return jax.tree.map(lambda leaf: leaf[start : start + self._num_local], batch)
+
+
+def initialize(
+    coordinator: str = '', num_processes: int = 0, process_id: int = -1
+) -> None:
+  """Joins the processes of a multi-host run, before anything else touches a device.
+
+  Args:
+    coordinator: host:port of process 0, 'cluster' to read the cluster's own environment
+      (Slurm, Open MPI, Kubernetes, Cloud TPU), or '' for a single process.
+    num_processes: number of processes.
+    process_id: this process, in [0, num_processes).
+
+  Raises:
+    UsageError: the processes cannot be joined.
+  """
+  if not coordinator:
+    return
+  try:
+    if coordinator == 'cluster':
+      jax.distributed.initialize()
+    else:
+      jax.distributed.initialize(coordinator, num_processes, process_id)
+  except (ValueError, RuntimeError) as error:
+    raise UsageError(
+        f'--coordinator={coordinator} --num_processes={num_processes} '
+        f'--process_id={process_id}: cannot join the other processes ({error}).'
+    ) from error
+
+
+def is_primary() -> bool:
+  """Whether this process is the one that writes files and prints."""
+  return jax.process_index() == 0
+
+
+def broadcast(tree: Any) -> Any:
+  """The primary process's arrays, bit for bit, on every process."""
+  if jax.process_count() == 1:
+    return tree
+
+  def send(leaf):
+    if _is_key(leaf):
+      data = send(jax.random.key_data(leaf))
+      return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    leaf = np.ascontiguousarray(leaf)
+    # As bytes: a broadcast of float64 would round it to float32.
+    raw = multihost_utils.broadcast_one_to_all(np.frombuffer(leaf.tobytes(), np.uint8))
+    return np.frombuffer(np.asarray(raw).tobytes(), leaf.dtype).reshape(leaf.shape)
+
+  return jax.tree.map(send, tree)
+
+
+def broadcast_json(value: Any) -> Any:
+  """The primary process's JSON value on every process."""
+  text = json.dumps(value).encode()
+  if jax.process_count() == 1:
+    return value
+  padded = np.zeros(_TEXT_BYTES, np.uint8)
+  padded[: len(text)] = np.frombuffer(text, np.uint8)
+  received = np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes()
+  return json.loads(received.rstrip(b'\0'))
+
+
+def agree_to_stop(step: int, requested: bool) -> bool:
+  """Whether all processes stop after this step; several agree on one step."""
+  if jax.process_count() == 1:
+    return requested
+  return multihost_utils.reached_preemption_sync_point(step)
+
+
+def enable_compilation_cache() -> None:
+  """Keeps compiled programs in the user's cache folder, so that restarts are fast."""
+  home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  jax.config.update('jax_compilation_cache_dir', os.path.join(home, 'sam_jax', 'xla'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
+
+def _is_key(leaf: Any) -> bool:
+  return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
