@@ -79,7 +79,8 @@ class Config:
       0, 'also write a metrics line every so many steps; 0: each epoch only'
   )
   checkpoint_every: int = _field(
-      0, 'steps between checkpoints; 0: each epoch', may_change=True
+      0, 'steps between checkpoints; 0: each epoch, less often where epochs are short',
+      may_change=True,
   )
 
 

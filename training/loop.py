@@ -23,6 +23,9 @@ from training.errors import UsageError
 from training.progress import Progress
 from training.workload import Batch, Split, Workload
 
+# Of the time, what checkpoints at the ends of short epochs may take.
+_SAVING_SHARE = 0.05
+
 
 def train(
     config: Config,
@@ -107,6 +110,7 @@ class _Run:
       self._metrics = metrics_lib.MetricsFile(workdir, self._step, timing=timing)
       self._progress = Progress(config.epochs, config.epochs * self._steps_per_epoch)
     self._started = time.monotonic()
+    self._next_save = self._started
 
   def _restore(self, state: step.TrainState) -> None:
     """Takes the newest checkpoint's state and position, else the given state's."""
@@ -133,9 +137,8 @@ class _Run:
         return False
       self._end_epoch()
       last = self._epoch == self._config.epochs
-      due = self._step % (self._config.checkpoint_every or 1) == 0
       stopping = stop.requested(self._step)
-      if due or last or stopping:
+      if self._checkpoint_due() or last or stopping:
         self._save()
       if stopping and not last:
         return False
@@ -220,6 +223,13 @@ class _Run:
     metrics_lib.check_finite(metrics, self._step)
     return metrics
 
+  def _checkpoint_due(self) -> bool:
+    """Whether to save at this end of an epoch."""
+    every = self._config.checkpoint_every
+    if every:
+      return self._step % every == 0
+    return time.monotonic() >= self._next_save
+
   def _save(self) -> None:
     """Stores the state and the position, after the metrics that lead up to it."""
     if not self._checkpoints:
@@ -232,7 +242,10 @@ class _Run:
         'means': self._means.state if self._start else None,
         'seconds': self._seconds(),
     }
+    before = time.monotonic()
     self._checkpoints.save(self._replicas.first(self._state), position)
+    after = time.monotonic()
+    self._next_save = after + (after - before) / _SAVING_SHARE
 
   def finish(self) -> dict[str, Any]:
     """Evaluates the last parameters and writes summary and picture."""

@@ -64,8 +64,12 @@ class DataParallel:
     return jax.tree.map(stack, tree)
 
   def first(self, tree: Any) -> Any:
-    """The first local replica of a mapped result, without the leading axis."""
-    return jax.tree.map(lambda leaf: leaf.addressable_shards[0].data[0], tree)
+    """The first local replica of a mapped result, in NumPy (keys as typed keys)."""
+    def take(leaf):
+      data = leaf.addressable_shards[0].data
+      return data[0] if _is_key(leaf) else np.asarray(data)[0]
+
+    return jax.tree.map(take, tree)
 
   def local(self, batch: Any) -> Any:
     """The shards of a global batch that belong to this process."""

@@ -41,11 +41,15 @@ def init_state(
     model: Any, tx: optax.GradientTransformation, example_inputs: Any, seed: int
 ) -> TrainState:
   """The state before the first step."""
-  init_key, key = jax.random.split(jax.random.key(seed))
-  variables = jax.jit(model.init)(init_key, example_inputs)
-  params = variables['params']
-  batch_stats = variables.get('batch_stats', {})
-  return TrainState(jnp.int32(0), params, batch_stats, tx.init(params), key)
+
+  def init(seed):
+    init_key, key = jax.random.split(jax.random.key(seed))
+    variables = model.init(init_key, example_inputs)
+    params = variables['params']
+    batch_stats = variables.get('batch_stats', {})
+    return TrainState(jnp.int32(0), params, batch_stats, tx.init(params), key)
+
+  return jax.jit(init)(seed)
 
 
 def make_train_step(

@@ -1,0 +1,79 @@
+"""Trains a network, with or without sharpness-aware minimization.
+
+  python train.py                                     the embedded digits, with SGD
+  python train.py --optimizer=sam --rho=0.05          the same with SAM
+  python train.py --optimizer=sgd,sam --seeds=3       a sweep: a table and a figure
+  python train.py --task=mutagenicity_gcn --manual_dir=DIR --optimizer=sam
+
+A run that was stopped continues when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import tasks
+from input_pipelines import DataError
+from training import cli, loop, parallel, summary, sweep
+from training import config as config_lib
+
+
+def _define_flags() -> cli.Flags:
+  flags = cli.Flags()
+  flags.heading(f'Flags of a run; unset, the task decides (tasks: {", ".join(tasks.TASKS)})')
+  flags.define_config(lists=('optimizer', 'rho'))
+  flags.heading('Several runs')
+  flags.define('seeds', 'int', 'runs of each kind, with seeds from --seed on')
+  flags.define(
+      'sharpness', 'bool', 'measure lambda_max after each run of a sweep', True
+  )
+  flags.heading('This start')
+  flags.define('workdir', 'str', "folder of the run's files", 'runs/TASK_OPTIMIZER')
+  flags.define('timing', 'bool', 'write clock times into metrics.jsonl', True)
+  flags.define('cache', 'bool', 'keep compiled programs in ~/.cache/sam_jax', True)
+  flags.define('devices', 'int', 'devices of this process to use; 0: all', 0)
+  flags.define(
+      'coordinator', 'str',
+      "several processes: host:port of the first, or 'cluster' for the cluster's own", ''
+  )
+  flags.define('num_processes', 'int', 'several processes: how many', 1)
+  flags.define('process_id', 'int', 'several processes: which one this is', 0)
+  return flags
+
+
+def main(argv: Sequence[str]) -> None:
+  """Trains what the flags say."""
+  flags = _define_flags().parse(argv, __doc__)
+  overrides = cli.config_overrides(flags)
+  task = overrides.pop('task', 'digits_mlp')
+  optimizers = overrides.pop('optimizer', [None])
+  radii = cli.numbers('rho', overrides.pop('rho', None)) or [None]
+  points = sweep.points(
+      lambda **fields: tasks.resolve(task, **overrides, **fields),
+      optimizers, radii, flags.seeds,
+  )
+  if flags.cache:
+    parallel.enable_compilation_cache()
+  parallel.initialize(flags.coordinator, flags.num_processes, flags.process_id)
+  options = {'num_devices': flags.devices, 'timing': flags.timing}
+  name = next(iter(points.values())).optimizer
+  name = name if len(points) == 1 else 'sweep'
+  workdir = pathlib.Path(
+      flags.workdir if flags['workdir'].present else f'runs/{task}_{name}'
+  )
+  if list(points) != ['']:
+    sweep.run(points, tasks.build, workdir, sharpness=flags.sharpness, **options)
+    return
+  config = points['']
+  config_lib.check(config, workdir)
+  finished = summary.read(workdir)
+  if not finished:
+    finished = loop.train(config, tasks.build(config), workdir, **options)
+  if finished:
+    print(f'{summary.describe(finished)}\n  {workdir}/')
+
+
+if __name__ == '__main__':
+  sys.exit(cli.run(main, sys.argv, errors=(DataError,)))

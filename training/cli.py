@@ -1,0 +1,135 @@
+"""What the scripts share: flags, help, and errors as one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Sequence
+
+from absl import flags
+
+from training.config import Config
+from training.errors import TrainingDiverged, UsageError
+
+USAGE_EXIT_CODE = 2
+_HELP = ('--help', '-h', '-help', '--helpfull', '--helpshort')
+
+
+class Flags:
+  """A script's own flags, without those that libraries define.
+
+  Every flag has a name, a kind ('str', 'int', 'float', 'bool' or 'list'), a help text and
+  a default, None if unset.
+  """
+
+  def __init__(self):
+    """Starts without flags."""
+    self._values = flags.FlagValues()
+    self._lines: list[str] = []
+
+  def heading(self, text: str) -> None:
+    """Starts a group in the help."""
+    self._lines.append(f'\n{text}:')
+
+  def define(self, name: str, kind: str, help_text: str, default=None) -> None:
+    """Defines one flag."""
+    definers = {
+        'str': flags.DEFINE_string,
+        'int': flags.DEFINE_integer,
+        'float': flags.DEFINE_float,
+        'bool': flags.DEFINE_boolean,
+        'list': flags.DEFINE_list,
+    }
+    definers[kind](name, default, help_text, flag_values=self._values)
+    shown = f'--[no]{name}' if kind == 'bool' else f'--{name}={_metavar(kind)}'
+    if default not in (None, '', False):
+      help_text = f'{help_text} (default: {default})'
+    lines = textwrap.wrap(help_text, 88 - 27)
+    first = f'  {shown:<24} {lines[0]}'
+    if len(shown) > 24:
+      first = f'  {shown}\n{" " * 27}{lines[0]}'
+    self._lines += [first, *(' ' * 27 + line for line in lines[1:])]
+
+  def define_config(self, *, lists: Sequence[str] = ()) -> None:
+    """Defines a flag for each field of Config; those in `lists` take several values."""
+    for field in dataclasses.fields(Config):
+      kind = str(field.type).removesuffix(' | None')
+      kind = 'list' if field.name in lists else kind
+      self.define(field.name, kind, field.metadata['help'])
+
+  def parse(self, argv: Sequence[str], usage: str) -> flags.FlagValues:
+    """Parses a command line; prints the help and leaves where it is asked for.
+
+    Raises:
+      UsageError: an argument that is not a flag.
+      flags.Error: an unknown flag or a value of the wrong kind.
+    """
+    if any(argument in _HELP for argument in argv[1:]):
+      print(usage.strip() + '\n' + '\n'.join(self._lines))
+      raise SystemExit(0)
+    rest = self._values(list(argv))[1:]
+    if rest:
+      raise UsageError(f'unexpected argument {rest[0]!r}: flags are given as --name=value.')
+    # Libraries that define absl flags of their own expect them parsed.
+    flags.FLAGS.mark_as_parsed()
+    return self._values
+
+
+def config_overrides(values: flags.FlagValues) -> dict[str, object]:
+  """The fields of Config that the command line sets."""
+  names = [field.name for field in dataclasses.fields(Config)]
+  return {name: values[name].value for name in names if values[name].value is not None}
+
+
+def numbers(name: str, texts: Sequence[str] | None) -> list[float] | None:
+  """The numbers of a list flag.
+
+  Raises:
+    UsageError: one of them is not a number.
+  """
+  if texts is None:
+    return None
+  if not texts:
+    raise UsageError(f'--{name}= is empty: give one or more numbers, as 0.05,0.1.')
+  try:
+    return [float(text) for text in texts]
+  except ValueError:
+    raise UsageError(
+        f'--{name}={",".join(texts)}: give one or more numbers, as 0.05,0.1.'
+    ) from None
+
+
+def run(
+    main: Callable[[Sequence[str]], None],
+    argv: Sequence[str],
+    *,
+    errors: tuple[type[Exception], ...] = (),
+) -> int:
+  """Runs a script's main function.
+
+  Args:
+    main: takes the command line.
+    argv: the command line, the script's name first.
+    errors: further exceptions whose message is written for the user.
+
+  Returns:
+    The exit code: 0, or 2 after an error of the user's, which is printed on stderr.
+  """
+  name = argv[0].rsplit('/', 1)[-1]
+  with warnings.catch_warnings():
+    warnings.showwarning = lambda message, *_, **__: print(
+        f'{name}: warning: {message}', file=sys.stderr
+    )
+    try:
+      main(argv)
+    except (UsageError, TrainingDiverged, flags.Error, *errors) as error:
+      message = ' '.join(str(error).split())
+      print(f'{name}: {message}', file=sys.stderr)
+      return USAGE_EXIT_CODE
+  return 0
+
+
+def _metavar(kind: str) -> str:
+  return {'str': 'TEXT', 'int': 'N', 'float': 'X', 'list': 'A[,B...]'}[kind]
