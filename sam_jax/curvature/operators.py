@@ -1,0 +1,260 @@
+"""Symmetric linear operators on parameter pytrees, known by their products."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Params = Any
+Batch = Any
+LossFn = Callable[[Params, Batch], jax.Array]
+
+
+def hvp(
+    loss_fn: Callable[[Params], jax.Array], params: Params, vector: Params
+) -> Params:
+  r"""Product of the Hessian of a loss with a vector, exact (forward over reverse).
+
+  .. math:: H v = \left.\frac{d}{dt} \nabla L(w + t v)\right|_{t=0}
+
+  Args:
+    loss_fn: the loss, ``loss_fn(params) -> scalar``.
+    params: where the Hessian is taken; any pytree of floating-point arrays.
+    vector: a pytree like ``params``.
+
+  Returns:
+    ``H v``, a pytree like ``params``.
+
+  >>> import jax.numpy as jnp
+  >>> loss = lambda w: w['a'] ** 2 * w['b']
+  >>> at = {'a': jnp.float32(3), 'b': jnp.float32(5)}
+  >>> product = hvp(loss, at, {'a': jnp.float32(1), 'b': jnp.float32(0)})
+  >>> float(product['a']), float(product['b'])
+  (10.0, 6.0)
+
+  References:
+    Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 1994.
+  """
+  return jax.jvp(jax.grad(loss_fn), (params,), (vector,))[1]
+
+
+class Operator:
+  """A symmetric operator on pytrees, known by its products with vectors.
+
+  Attributes:
+    structure: pytree of ``jax.ShapeDtypeStruct``: what its vectors look like.
+    size: number of entries of a vector.
+    dtype: the floating-point type of a vector (the widest of its leaves).
+    num_matvecs: number of products taken so far.
+  """
+
+  def __init__(self, matvec: Callable[[Params], Params], like: Params):
+    self._matvec = matvec
+    self.structure = jax.tree.map(_describe, like)
+    leaves = jax.tree.leaves(self.structure)
+    self.size = sum(math.prod(leaf.shape) for leaf in leaves)
+    if not self.size:
+      raise ValueError('the operator has no entries: give a pytree with parameters')
+    self.dtype = np.dtype(jnp.result_type(*leaves))
+    self.num_matvecs = 0
+
+  def matvec(self, vector: Params) -> Params:
+    """Product with one vector; vector and result are pytrees like the parameters."""
+    self.num_matvecs += 1
+    with jax.default_matmul_precision('highest'):
+      return self._matvec(vector)
+
+
+def operator(matvec: Callable[[Params], Params], like: Params) -> Operator:
+  """Makes an operator of a function that multiplies a symmetric matrix by a vector.
+
+  Args:
+    matvec: ``matvec(vector) -> product``, pytrees like ``like``; linear, symmetric.
+    like: pytree of floating-point arrays or of ``jax.ShapeDtypeStruct``.
+
+  Returns:
+    The operator; it counts its products.
+
+  Raises:
+    TypeError: a leaf of ``like`` is not floating point.
+    ValueError: ``like`` has no entries.
+
+  >>> import jax.numpy as jnp
+  >>> op = operator(lambda v: 2 * v, jnp.zeros(3))
+  >>> op.matvec(jnp.ones(3)).tolist(), op.size, op.num_matvecs
+  ([2.0, 2.0, 2.0], 3, 1)
+  """
+  return Operator(matvec, like)
+
+
+class HessianOperator(Operator):
+  """The Hessian of a loss over a data set; made by `hessian`.
+
+  Attributes:
+    params: where the Hessian is taken.
+    num_examples: the sum of the weights of the batches.
+  """
+
+  def __init__(self, loss_fn: LossFn, params: Params, batches: WeightedBatches):
+    self.params = jax.tree.map(_at_least_float32, params)
+    self.num_examples = batches.total
+    self._loss_fn = loss_fn
+    self._batches = batches
+    super().__init__(self._product, self.params)
+
+  def _product(self, vector: Params) -> Params:
+    total = jax.tree.map(jnp.zeros_like, self.params)
+    for batch, fraction in self._batches:
+      total = _add_product(self._loss_fn, self.params, batch, vector, total, fraction)
+    return total
+
+
+def hessian(
+    loss_fn: LossFn,
+    params: Params,
+    batches: Iterable[Batch],
+    *,
+    weight: Callable[[Batch], float] | None = None,
+) -> HessianOperator:
+  r"""The Hessian of the mean loss over a data set, as an operator.
+
+  .. math:: H = \sum_b \frac{n_b}{\sum_c n_c} \nabla^2 L_b(w)
+
+  Each product runs one compiled function a batch shape, from the host, under matrix
+  products of the highest precision.
+
+  Args:
+    loss_fn: ``loss_fn(params, batch) -> scalar``, the mean loss over the batch. Give
+      the same function object to several calls and it is compiled once.
+    params: where the Hessian is taken, any pytree. Leaves narrower than float32 are
+      widened to float32.
+    batches: pytrees of arrays, of any shapes. A list or an iterator is put on the
+      device once; any other iterable is iterated anew for each product.
+    weight: number of examples of a batch, ``weight(batch) -> number``. None: the
+      leading dimension of the batch's first leaf.
+
+  Returns:
+    The operator.
+
+  Raises:
+    TypeError: a leaf of ``params`` is not floating point.
+    ValueError: there are no examples, or a weight is negative or not finite.
+
+  >>> import jax.numpy as jnp
+  >>> loss = lambda w, x: 0.5 * jnp.mean((x @ w) ** 2)
+  >>> data = [jnp.array([[1., 0.], [0., 2.]]), jnp.array([[3., 0.]])]
+  >>> op = hessian(loss, jnp.zeros(2), data)
+  >>> [round(x, 4) for x in op.matvec(jnp.ones(2)).tolist()]
+  [3.3333, 1.3333]
+  """
+  return HessianOperator(loss_fn, params, WeightedBatches(batches, weight))
+
+
+def preconditioned(inner: Operator, scale: Params) -> Operator:
+  r"""The operator between two copies of a diagonal matrix, :math:`D A D`.
+
+  With :math:`D = |w|` and the Hessian this is the curvature that ASAM measures: it
+  does not change when a ReLU network's layers are rescaled without changing its
+  function. With :math:`D = P^{-1/2}` it is the curvature an adaptive optimizer with
+  preconditioner :math:`P` sees.
+
+  Args:
+    inner: the operator :math:`A`.
+    scale: the diagonal of :math:`D`, a pytree like a vector of ``inner``.
+
+  Returns:
+    The operator; a product with it is one product with ``inner``.
+
+  >>> import jax.numpy as jnp
+  >>> op = operator(lambda v: 2 * v, jnp.zeros(2))
+  >>> preconditioned(op, jnp.array([1., 3.])).matvec(jnp.ones(2)).tolist()
+  [2.0, 18.0]
+
+  References:
+    Kwon et al., ASAM, arXiv 2102.11600.
+  """
+  scale = jax.tree.map(lambda s, like: jnp.asarray(s, like.dtype), scale,
+                       inner.structure)
+  return Operator(
+      lambda vector: _multiply(scale, inner.matvec(_multiply(scale, vector))),
+      inner.structure,
+  )
+
+
+class WeightedBatches:
+  """Batches with the fraction of all examples that each holds.
+
+  Iterating gives ``(batch, fraction)``; batches without an example are left out.
+
+  Attributes:
+    total: number of examples in all batches.
+  """
+
+  def __init__(self, batches: Iterable[Batch],
+               weight: Callable[[Batch], float] | None = None):
+    self._weight = weight or _leading_dimension
+    if isinstance(batches, list | tuple | Iterator):
+      batches = [jax.device_put(batch) for batch in batches]
+    self._batches = batches
+    weights = [float(self._weight(batch)) for batch in batches]
+    if not all(math.isfinite(w) and w >= 0 for w in weights):
+      raise ValueError(
+          f'weight= answered {weights}: it must give the number of examples of a '
+          'batch, finite and not negative'
+      )
+    self.total = sum(weights)
+    if not self.total:
+      raise ValueError(
+          'batches holds no examples: give at least one batch with a weight above 0'
+      )
+    self._fractions = [w / self.total for w in weights]
+
+  def __iter__(self) -> Iterator[tuple[Batch, float]]:
+    for batch, fraction in zip(self._batches, self._fractions, strict=True):
+      if fraction:
+        yield batch, fraction
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _add_product(loss_fn, params, batch, vector, total, fraction):
+  product = hvp(lambda p: loss_fn(p, batch), params, vector)
+  return jax.tree.map(lambda t, p: t + fraction * p, total, product)
+
+
+@jax.jit
+def _multiply(scale, vector):
+  return jax.tree.map(jnp.multiply, scale, vector)
+
+
+def _leading_dimension(batch: Batch) -> int:
+  leaves = jax.tree.leaves(batch)
+  if not leaves or not np.ndim(leaves[0]):
+    raise ValueError(
+        'the first leaf of a batch has no leading dimension: pass weight= with the '
+        'number of examples of a batch'
+    )
+  return np.shape(leaves[0])[0]
+
+
+def _describe(leaf: Any) -> jax.ShapeDtypeStruct:
+  if not isinstance(leaf, jax.ShapeDtypeStruct):
+    leaf = jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
+  if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    raise TypeError(
+        f'a leaf of the parameters has dtype {leaf.dtype}: only real floating-point '
+        'parameters have curvature; leave the others out'
+    )
+  return leaf
+
+
+def _at_least_float32(leaf: Any) -> jax.Array:
+  leaf = jnp.asarray(leaf)
+  if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4:
+    return leaf.astype(jnp.float32)
+  return leaf
