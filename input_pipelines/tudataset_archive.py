@@ -200,7 +200,7 @@ def _assemble(archive: _Archive) -> TUGraphs:
   classes, labels = np.unique(original, return_inverse=True)
   if len(classes) < 2:
     raise archive.error(
-        'graph_labels', f'{len(classes)} class, where two or more are needed'
+        'graph_labels', f'distinct labels: {len(classes)}, needed are two or more'
     )
   indicator = archive.integers('graph_indicator', 1)[:, 0] - 1
   _check_range(archive, 'graph_indicator', indicator[:, None], len(labels), 'graphs')
