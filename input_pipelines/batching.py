@@ -18,7 +18,7 @@ _EMPTY = -1
 
 
 def split_indices(
-    num_examples: int, seed: int, train_fraction: float = 0.7
+  num_examples: int, seed: int, train_fraction: float = 0.7
 ) -> tuple[np.ndarray, np.ndarray]:
   """Splits `range(num_examples)` at random into train and test indices.
 
@@ -47,12 +47,12 @@ class Batches:
   """The batches of a split, for any epoch and from any step on."""
 
   def __init__(
-      self,
-      num_examples: int,
-      batch_size: int,
-      shards: tuple[int, ...],
-      seed: int | None,
-      collate: Callable[[np.ndarray], Batch],
+    self,
+    num_examples: int,
+    batch_size: int,
+    shards: tuple[int, ...],
+    seed: int | None,
+    collate: Callable[[np.ndarray], Batch],
   ):
     """Prepares batches.
 
@@ -121,11 +121,11 @@ class ArraySplit:
     return len(self._labels)
 
   def batches(
-      self,
-      batch_size: int,
-      *,
-      shards: tuple[int, ...] = (),
-      seed: int | None = None,
+    self,
+    batch_size: int,
+    *,
+    shards: tuple[int, ...] = (),
+    seed: int | None = None,
   ) -> Batches:
     """Returns the split's batches.
 
@@ -144,9 +144,9 @@ class ArraySplit:
     inputs, labels = self._inputs[indices], self._labels[indices]
     inputs[~real], labels[~real] = 0, 0
     return {
-        'inputs': inputs,
-        'labels': labels,
-        'weights': real.astype(np.float32),
+      'inputs': inputs,
+      'labels': labels,
+      'weights': real.astype(np.float32),
     }
 
 
@@ -161,13 +161,13 @@ class GraphSplit:
   """
 
   def __init__(
-      self,
-      graphs: Any,
-      labels: np.ndarray,
-      *,
-      indices: np.ndarray | None = None,
-      node_growth: float = 1.06,
-      edge_growth: float = 1.25,
+    self,
+    graphs: Any,
+    labels: np.ndarray,
+    *,
+    indices: np.ndarray | None = None,
+    node_growth: float = 1.06,
+    edge_growth: float = 1.25,
   ):
     """Takes graphs and says which of them are the split's.
 
@@ -209,11 +209,11 @@ class GraphSplit:
     return len(self._labels)
 
   def batches(
-      self,
-      batch_size: int,
-      *,
-      shards: tuple[int, ...] = (),
-      seed: int | None = None,
+    self,
+    batch_size: int,
+    *,
+    shards: tuple[int, ...] = (),
+    seed: int | None = None,
   ) -> Batches:
     """Returns the split's batches.
 
@@ -245,22 +245,22 @@ class GraphSplit:
     *shards, slots = indices.shape
     rows = [row[row != _EMPTY] for row in indices.reshape(-1, slots)]
     node_budget, edge_budget = self.budget(
-        max(self._n_node[row].sum() for row in rows),
-        max(self._n_edge[row].sum() for row in rows),
+      max(self._n_node[row].sum() for row in rows),
+      max(self._n_edge[row].sum() for row in rows),
     )
     packed = [self._pack(row, node_budget, edge_budget, slots + 1) for row in rows]
     arrays = {
-        name: np.stack([shard[name] for shard in packed]).reshape(
-            *shards, *packed[0][name].shape
-        )
-        for name in packed[0]
+      name: np.stack([shard[name] for shard in packed]).reshape(
+        *shards, *packed[0][name].shape
+      )
+      for name in packed[0]
     }
     labels, weights = arrays.pop('labels'), arrays.pop('weights')
     inputs = self._tuple(**{'edges': None, 'globals': None, **arrays})
     return {'inputs': inputs, 'labels': labels, 'weights': weights}
 
   def _pack(
-      self, row: np.ndarray, node_budget: int, edge_budget: int, num_graphs: int
+    self, row: np.ndarray, node_budget: int, edge_budget: int, num_graphs: int
   ) -> dict[str, np.ndarray]:
     """Packs the graphs of one shard into arrays of the budgets' lengths."""
     n_node, n_edge = self._n_node[row], self._n_edge[row]
@@ -273,13 +273,13 @@ class GraphSplit:
     padding_nodes[0] = node_budget - num_nodes
     padding_edges[0] = edge_budget - num_edges
     arrays = {
-        'nodes': _fill(self._nodes[nodes], node_budget),
-        'senders': _fill(self._senders[edges] + offsets, edge_budget, num_nodes),
-        'receivers': _fill(self._receivers[edges] + offsets, edge_budget, num_nodes),
-        'n_node': np.concatenate([n_node, padding_nodes]),
-        'n_edge': np.concatenate([n_edge, padding_edges]),
-        'labels': _fill(self._labels[row], num_graphs),
-        'weights': _fill(np.ones(len(row), np.float32), num_graphs),
+      'nodes': _fill(self._nodes[nodes], node_budget),
+      'senders': _fill(self._senders[edges] + offsets, edge_budget, num_nodes),
+      'receivers': _fill(self._receivers[edges] + offsets, edge_budget, num_nodes),
+      'n_node': np.concatenate([n_node, padding_nodes]),
+      'n_edge': np.concatenate([n_edge, padding_edges]),
+      'labels': _fill(self._labels[row], num_graphs),
+      'weights': _fill(np.ones(len(row), np.float32), num_graphs),
     }
     for name in ('senders', 'receivers', 'n_node', 'n_edge'):
       arrays[name] = arrays[name].astype(np.int32)
@@ -302,9 +302,7 @@ def _exclusive_sum(counts: np.ndarray) -> np.ndarray:
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
   """Concatenates `range(start, start + length)` of all pairs."""
-  return np.repeat(starts - _exclusive_sum(lengths), lengths) + np.arange(
-      lengths.sum()
-  )
+  return np.repeat(starts - _exclusive_sum(lengths), lengths) + np.arange(lengths.sum())
 
 
 def _fill(array: np.ndarray, length: int, value: int = 0) -> np.ndarray:

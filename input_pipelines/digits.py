@@ -5,9 +5,7 @@ import numpy as np
 from input_pipelines import batching
 
 
-def load(
-    *, seed: int = 0
-) -> tuple[batching.ArraySplit, batching.ArraySplit, int, int]:
+def load(*, seed: int = 0) -> tuple[batching.ArraySplit, batching.ArraySplit, int, int]:
   """Loads the digits, split at random 70/30 by `seed` (not stratified).
 
   Args:
@@ -27,8 +25,8 @@ def load(
   inputs = (pixels / 16.0).astype(np.float32)
   train, test = batching.split_indices(len(labels), seed)
   return (
-      batching.ArraySplit(inputs[train], labels[train]),
-      batching.ArraySplit(inputs[test], labels[test]),
-      10,
-      64,
+    batching.ArraySplit(inputs[train], labels[train]),
+    batching.ArraySplit(inputs[test], labels[test]),
+    10,
+    64,
   )

@@ -35,7 +35,7 @@ _MAX_ONE_HOT_DEGREE = 511
 
 
 def load(
-    name: str, *, data_dir: str = '', manual_dir: str = '', seed: int = 0
+  name: str, *, data_dir: str = '', manual_dir: str = '', seed: int = 0
 ) -> tuple[batching.GraphSplit, batching.GraphSplit, int, int]:
   """Loads a TUDataset, split at random 70/30 by `seed`.
 
@@ -65,18 +65,18 @@ def load(
   """
   if not re.fullmatch(r'\w[\w.+-]*', name, flags=re.ASCII):
     raise DataError(
-        f'dataset={name!r} is not the name of a TUDataset: give one of the names '
-        'on https://chrsmrrs.github.io/datasets, such as Mutagenicity.'
+      f'dataset={name!r} is not the name of a TUDataset: give one of the names '
+      'on https://chrsmrrs.github.io/datasets, such as Mutagenicity.'
     )
   graphs = _find(name, *_folders(data_dir, manual_dir))
   features = _node_features(graphs)
   train, test = batching.split_indices(len(graphs.labels), seed)
   every = _graphs_tuple(graphs, features)
   return (
-      batching.GraphSplit(every, graphs.labels, indices=train),
-      batching.GraphSplit(every, graphs.labels, indices=test),
-      len(graphs.classes),
-      features.shape[1],
+    batching.GraphSplit(every, graphs.labels, indices=train),
+    batching.GraphSplit(every, graphs.labels, indices=test),
+    len(graphs.classes),
+    features.shape[1],
   )
 
 
@@ -90,7 +90,7 @@ def _folders(data_dir: str, manual_dir: str) -> tuple[pathlib.Path, pathlib.Path
 
 
 def _find(
-    name: str, data_dir: pathlib.Path, manual_dir: pathlib.Path
+  name: str, data_dir: pathlib.Path, manual_dir: pathlib.Path
 ) -> tudataset_archive.TUGraphs:
   """Returns the graphs from the first source that has them."""
   prepared = data_dir / 'tudataset' / name / _VERSION
@@ -112,8 +112,8 @@ def _builder() -> types.ModuleType:
     from input_pipelines import tudataset_builder
   except ImportError as error:
     raise DataError(
-        f'TUDatasets need the package {error.name}: install the requirements with '
-        'pip install -r requirements.txt.'
+      f'TUDatasets need the package {error.name}: install the requirements with '
+      'pip install -r requirements.txt.'
     ) from error
   return tudataset_builder
 
@@ -136,13 +136,13 @@ def _read(prepared: pathlib.Path) -> tudataset_archive.TUGraphs:
   # What TFDS and array_record raise on damaged files is not documented.
   except Exception as error:
     raise DataError(
-        f'the prepared set in {prepared} cannot be read ({type(error).__name__}): '
-        'delete that folder, and it is made again.'
+      f'the prepared set in {prepared} cannot be read ({type(error).__name__}): '
+      'delete that folder, and it is made again.'
     ) from error
 
 
 def _prepare(
-    name: str, archive: pathlib.Path, digest: str, prepared: pathlib.Path
+  name: str, archive: pathlib.Path, digest: str, prepared: pathlib.Path
 ) -> tudataset_archive.TUGraphs:
   """Validates an archive, prepares the set from it, and reads the set.
 
@@ -160,8 +160,8 @@ def _prepare(
       written.rename(prepared)
   except OSError as error:
     raise DataError(
-        f'{prepared} cannot be written ({error.strerror}): give another folder with '
-        '--data_dir.'
+      f'{prepared} cannot be written ({error.strerror}): give another folder with '
+      '--data_dir.'
     ) from error
   return _read(prepared)
 
@@ -173,21 +173,21 @@ def _download(name: str, data_dir: pathlib.Path, manual_dir: pathlib.Path):
   advice = f'download {url} to {manual_dir}/ or set --manual_dir to its folder.'
   if not _publisher_answers():
     raise DataError(
-        f'{name}.zip is not in {manual_dir}, there is no prepared set in {data_dir}, '
-        f'and its publisher cannot be reached: {advice}'
+      f'{name}.zip is not in {manual_dir}, there is no prepared set in {data_dir}, '
+      f'and its publisher cannot be reached: {advice}'
     )
   with tempfile.TemporaryDirectory() as folder:
     archive = pathlib.Path(folder) / f'{name}.zip'
     try:
       with (
-          urllib.request.urlopen(url, timeout=_ANSWER_SECONDS) as response,
-          archive.open('wb') as file,
+        urllib.request.urlopen(url, timeout=_ANSWER_SECONDS) as response,
+        archive.open('wb') as file,
       ):
         shutil.copyfileobj(response, file)
     except urllib.error.HTTPError as error:
       raise DataError(
-          f'the publisher has no {url} (HTTP {error.code}): check the spelling of '
-          f'{name!r}, or {advice}'
+        f'the publisher has no {url} (HTTP {error.code}): check the spelling of '
+        f'{name!r}, or {advice}'
       ) from error
     except OSError as error:
       raise DataError(f'the download of {url} failed ({error}): {advice}') from error
@@ -218,7 +218,7 @@ def _publisher_answers() -> bool:
 def _one_hot(labels: np.ndarray) -> np.ndarray:
   """Encodes each column of integers by its distinct values, ascending."""
   columns = [
-      (column[:, None] == np.unique(column)).astype(np.float32) for column in labels.T
+    (column[:, None] == np.unique(column)).astype(np.float32) for column in labels.T
   ]
   return np.concatenate(columns, axis=1)
 
@@ -235,7 +235,7 @@ def _node_features(graphs: tudataset_archive.TUGraphs) -> np.ndarray:
 
 
 def _concatenate(
-    labels: np.ndarray | None, attributes: np.ndarray | None
+  labels: np.ndarray | None, attributes: np.ndarray | None
 ) -> np.ndarray | None:
   """Puts one-hot labels and attributes side by side, None if there are none."""
   parts = [] if labels is None else [_one_hot(labels)]
@@ -247,11 +247,11 @@ def _graphs_tuple(graphs: tudataset_archive.TUGraphs, features: np.ndarray) -> A
   import jraph  # Imports jax, which a refused data set need not wait for.
 
   return jraph.GraphsTuple(
-      nodes=features,
-      edges=_concatenate(graphs.edge_labels, graphs.edge_attributes),
-      senders=graphs.senders,
-      receivers=graphs.receivers,
-      n_node=graphs.n_node,
-      n_edge=graphs.n_edge,
-      globals=None,
+    nodes=features,
+    edges=_concatenate(graphs.edge_labels, graphs.edge_attributes),
+    senders=graphs.senders,
+    receivers=graphs.receivers,
+    n_node=graphs.n_node,
+    n_edge=graphs.n_edge,
+    globals=None,
   )

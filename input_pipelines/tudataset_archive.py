@@ -60,7 +60,7 @@ def sha256(path: pathlib.Path) -> str:
       return hashlib.file_digest(file, 'sha256').hexdigest()
   except OSError as error:
     raise DataError(
-        f'{path} cannot be read ({error.strerror}): make it a readable file.'
+      f'{path} cannot be read ({error.strerror}): make it a readable file.'
     ) from error
 
 
@@ -92,17 +92,17 @@ class _Archive:
       with zipfile.ZipFile(path) as archive:
         self._refuse_climbing(archive.namelist())
         self._texts = {
-            member.removeprefix(prefix): archive.read(member)
-            for member in archive.namelist()
-            if member.startswith(prefix) and member.endswith('.txt')
+          member.removeprefix(prefix): archive.read(member)
+          for member in archive.namelist()
+          if member.startswith(prefix) and member.endswith('.txt')
         }
     except OSError as error:
       raise DataError(
-          f'{path} cannot be read ({error.strerror}): make it a readable file.'
+        f'{path} cannot be read ({error.strerror}): make it a readable file.'
       ) from error
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
       raise DataError(
-          f'{path} is not a complete zip archive ({error}): download it again.'
+        f'{path} is not a complete zip archive ({error}): download it again.'
       ) from error
 
   def _refuse_climbing(self, members: list[str]) -> None:
@@ -111,15 +111,15 @@ class _Archive:
       # A drive letter, as in 'C:/x', is absolute too.
       if '..' in parts or not parts[0] or ':' in parts[0]:
         raise DataError(
-            f'{self._path} holds the path {member!r}, which leads out of the '
-            "archive's folder: get the archive from its publisher again."
+          f'{self._path} holds the path {member!r}, which leads out of the '
+          "archive's folder: get the archive from its publisher again."
         )
 
   def error(self, file: str, problem: str) -> DataError:
     """Returns an error about one of the files."""
     return DataError(
-        f'{self._name}_{file}.txt in {self._path}: {problem}; get the archive '
-        'from its publisher again or correct the file.'
+      f'{self._name}_{file}.txt in {self._path}: {problem}; get the archive '
+      'from its publisher again or correct the file.'
     )
 
   def integers(self, file: str, columns: int | None = None) -> np.ndarray:
@@ -127,8 +127,8 @@ class _Archive:
     values = self._numbers(file, columns)
     if values is None:
       raise DataError(
-          f'{self._path} has no {self._name}/{self._name}_{file}.txt: '
-          'get the archive from its publisher again.'
+        f'{self._path} has no {self._name}/{self._name}_{file}.txt: '
+        'get the archive from its publisher again.'
       )
     wrong = np.argwhere(values != np.rint(values))
     if len(wrong):
@@ -168,7 +168,7 @@ class _Archive:
       raise self.error(file, _first_fault(text)) from error
     if columns is not None and values.shape[1] != columns:
       raise self.error(
-          file, f'line 1 has {values.shape[1]} numbers where {columns} are needed'
+        file, f'line 1 has {values.shape[1]} numbers where {columns} are needed'
       )
     if not np.isfinite(values).all():
       row, column = np.argwhere(~np.isfinite(values))[0]
@@ -200,7 +200,7 @@ def _assemble(archive: _Archive) -> TUGraphs:
   classes, labels = np.unique(original, return_inverse=True)
   if len(classes) < 2:
     raise archive.error(
-        'graph_labels', f'distinct labels: {len(classes)}, needed are two or more'
+      'graph_labels', f'distinct labels: {len(classes)}, needed are two or more'
     )
   indicator = archive.integers('graph_indicator', 1)[:, 0] - 1
   _check_range(archive, 'graph_indicator', indicator[:, None], len(labels), 'graphs')
@@ -210,8 +210,8 @@ def _assemble(archive: _Archive) -> TUGraphs:
   if len(crossing):
     sender, receiver = edges[crossing[0]] + 1
     raise archive.error(
-        'A', f'line {crossing[0] + 1} joins nodes {sender} and {receiver} of '
-        'different graphs'
+      'A',
+      f'line {crossing[0] + 1} joins nodes {sender} and {receiver} of different graphs',
     )
   # Published sets have their nodes grouped by graph already; then this is a no-op.
   node_order = np.argsort(indicator, kind='stable')
@@ -224,29 +224,29 @@ def _assemble(archive: _Archive) -> TUGraphs:
 
   num_nodes, num_edges = len(indicator), len(edges)
   return TUGraphs(
-      senders=senders,
-      receivers=receivers,
-      n_node=np.bincount(indicator, minlength=len(labels)),
-      n_edge=np.bincount(indicator[edges[:, 0]], minlength=len(labels)),
-      labels=labels,
-      classes=tuple(classes.tolist()),
-      node_labels=ordered(
-          archive.optional_integers('node_labels', num_nodes), node_order
-      ),
-      node_attributes=ordered(
-          archive.optional_floats('node_attributes', num_nodes), node_order
-      ),
-      edge_labels=ordered(
-          archive.optional_integers('edge_labels', num_edges), edge_order
-      ),
-      edge_attributes=ordered(
-          archive.optional_floats('edge_attributes', num_edges), edge_order
-      ),
+    senders=senders,
+    receivers=receivers,
+    n_node=np.bincount(indicator, minlength=len(labels)),
+    n_edge=np.bincount(indicator[edges[:, 0]], minlength=len(labels)),
+    labels=labels,
+    classes=tuple(classes.tolist()),
+    node_labels=ordered(
+      archive.optional_integers('node_labels', num_nodes), node_order
+    ),
+    node_attributes=ordered(
+      archive.optional_floats('node_attributes', num_nodes), node_order
+    ),
+    edge_labels=ordered(
+      archive.optional_integers('edge_labels', num_edges), edge_order
+    ),
+    edge_attributes=ordered(
+      archive.optional_floats('edge_attributes', num_edges), edge_order
+    ),
   )
 
 
 def _check_range(
-    archive: _Archive, file: str, indices: np.ndarray, count: int, things: str
+  archive: _Archive, file: str, indices: np.ndarray, count: int, things: str
 ) -> None:
   """Checks that indices from 0 are below `count`; the message counts from 1."""
   wrong = np.argwhere((indices < 0) | (indices >= count))
@@ -254,5 +254,5 @@ def _check_range(
     row, column = wrong[0]
     value = indices[row, column] + 1
     raise archive.error(
-        file, f'line {row + 1} has {value}, outside the {count} {things} 1 to {count}'
+      file, f'line {row + 1} has {value}, outside the {count} {things} 1 to {count}'
     )

@@ -15,10 +15,10 @@ from input_pipelines import tudataset_archive
 
 # Features that a set may have.
 _OPTIONAL = {
-    'node_labels': np.int64,
-    'node_attributes': np.float32,
-    'edge_labels': np.int64,
-    'edge_attributes': np.float32,
+  'node_labels': np.int64,
+  'node_attributes': np.float32,
+  'edge_labels': np.int64,
+  'edge_attributes': np.float32,
 }
 
 
@@ -47,9 +47,9 @@ class TUDataset(tfds.core.GeneratorBasedBuilder):
   def _info(self) -> tfds.core.DatasetInfo:
     graphs = self.builder_config.graphs
     features = {
-        'edges': tfds.features.Tensor(shape=(None, 2), dtype=np.int64),
-        'num_nodes': tfds.features.Scalar(dtype=np.int64),
-        'label': tfds.features.ClassLabel(names=[str(c) for c in graphs.classes]),
+      'edges': tfds.features.Tensor(shape=(None, 2), dtype=np.int64),
+      'num_nodes': tfds.features.Scalar(dtype=np.int64),
+      'label': tfds.features.ClassLabel(names=[str(c) for c in graphs.classes]),
     }
     for feature, dtype in _OPTIONAL.items():
       values = getattr(graphs, feature)
@@ -57,12 +57,12 @@ class TUDataset(tfds.core.GeneratorBasedBuilder):
         shape = (None, values.shape[1])
         features[feature] = tfds.features.Tensor(shape=shape, dtype=dtype)
     return tfds.core.DatasetInfo(
-        builder=self,
-        description=f'TUDataset {self.builder_config.name}',
-        homepage='https://chrsmrrs.github.io/datasets/',
-        features=tfds.features.FeaturesDict(features),
-        metadata=tfds.core.MetadataDict(sha256=self.builder_config.sha256),
-        disable_shuffling=True,
+      builder=self,
+      description=f'TUDataset {self.builder_config.name}',
+      homepage='https://chrsmrrs.github.io/datasets/',
+      features=tfds.features.FeaturesDict(features),
+      metadata=tfds.core.MetadataDict(sha256=self.builder_config.sha256),
+      disable_shuffling=True,
     )
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
@@ -70,7 +70,7 @@ class TUDataset(tfds.core.GeneratorBasedBuilder):
     return {'graphs': self._generate_examples(self.builder_config.graphs)}
 
   def _generate_examples(
-      self, graphs: tudataset_archive.TUGraphs
+    self, graphs: tudataset_archive.TUGraphs
   ) -> Iterator[tuple[int, dict[str, Any]]]:
     last_node, last_edge = np.cumsum(graphs.n_node), np.cumsum(graphs.n_edge)
     for index, label in enumerate(graphs.labels):
@@ -79,9 +79,9 @@ class TUDataset(tfds.core.GeneratorBasedBuilder):
       edges = slice(last_edge[index] - graphs.n_edge[index], last_edge[index])
       ends = np.stack([graphs.senders[edges], graphs.receivers[edges]], axis=1)
       example = {
-          'edges': ends - first_node,
-          'num_nodes': int(graphs.n_node[index]),
-          'label': int(label),
+        'edges': ends - first_node,
+        'num_nodes': int(graphs.n_node[index]),
+        'label': int(label),
       }
       for feature in _OPTIONAL:
         values = getattr(graphs, feature)
@@ -92,10 +92,10 @@ class TUDataset(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(
-    data_dir: pathlib.Path,
-    name: str,
-    graphs: tudataset_archive.TUGraphs,
-    sha256: str,
+  data_dir: pathlib.Path,
+  name: str,
+  graphs: tudataset_archive.TUGraphs,
+  sha256: str,
 ) -> pathlib.Path:
   """Writes a set as array_record files and returns its folder.
 
@@ -108,9 +108,9 @@ def prepare(
   tfds.disable_progress_bar()
   with _quiet():
     builder = TUDataset(
-        data_dir=data_dir,
-        config=TUDatasetConfig(name, graphs, sha256),
-        file_format='array_record',
+      data_dir=data_dir,
+      config=TUDatasetConfig(name, graphs, sha256),
+      file_format='array_record',
     )
     builder.download_and_prepare()
   return pathlib.Path(builder.data_dir)
@@ -141,17 +141,17 @@ def read(folder: pathlib.Path) -> tudataset_archive.TUGraphs:
   ends = np.concatenate([example['edges'] for example in examples])
   ends += np.repeat(np.cumsum(n_node) - n_node, n_edge)[:, None]
   return tudataset_archive.TUGraphs(
-      senders=ends[:, 0],
-      receivers=ends[:, 1],
-      n_node=n_node,
-      n_edge=n_edge,
-      labels=np.array([example['label'] for example in examples]),
-      classes=tuple(int(c) for c in builder.info.features['label'].names),
-      **{
-          feature: np.concatenate([example[feature] for example in examples])
-          for feature in _OPTIONAL
-          if feature in builder.info.features
-      },
+    senders=ends[:, 0],
+    receivers=ends[:, 1],
+    n_node=n_node,
+    n_edge=n_edge,
+    labels=np.array([example['label'] for example in examples]),
+    classes=tuple(int(c) for c in builder.info.features['label'].names),
+    **{
+      feature: np.concatenate([example[feature] for example in examples])
+      for feature in _OPTIONAL
+      if feature in builder.info.features
+    },
   )
 
 

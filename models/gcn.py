@@ -31,16 +31,14 @@ def _dense(x: jax.Array, features: int) -> jax.Array:
 def _incoming(graphs: jraph.GraphsTuple, x: jax.Array) -> jax.Array:
   """Sums over each node's incoming edges the rows of `x` at their senders."""
   return jax.ops.segment_sum(
-      x[graphs.senders], graphs.receivers, len(x), indices_are_sorted=True
+    x[graphs.senders], graphs.receivers, len(x), indices_are_sorted=True
   )
 
 
 def _graph_mean(graphs: jraph.GraphsTuple, x: jax.Array) -> jax.Array:
   """Means over the nodes of each graph, 0 for a graph without nodes."""
   num_graphs = len(graphs.n_node)
-  graph = jnp.repeat(
-      jnp.arange(num_graphs), graphs.n_node, total_repeat_length=len(x)
-  )
+  graph = jnp.repeat(jnp.arange(num_graphs), graphs.n_node, total_repeat_length=len(x))
   sums = jax.ops.segment_sum(x, graph, num_graphs, indices_are_sorted=True)
   return sums / jnp.maximum(graphs.n_node, 1)[:, None].astype(x.dtype)
 
@@ -123,7 +121,7 @@ class GCN(nn.Module):
       x = nn.relu(GraphConv(width)(x, _incoming(graphs, x)))
     # A node is summed once for each edge that leaves it.
     out_degree = jax.ops.segment_sum(
-        jnp.ones_like(graphs.senders, x.dtype), graphs.senders, len(x)
+      jnp.ones_like(graphs.senders, x.dtype), graphs.senders, len(x)
     )
     neighbours = _graph_mean(graphs, out_degree[:, None] * x)
     x = GraphConv(self.features[-1])(_graph_mean(graphs, x), neighbours)

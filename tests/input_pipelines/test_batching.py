@@ -27,13 +27,13 @@ def _graph_split(num_examples: int, **kwargs) -> GraphSplit:
   ends = first + rng.integers(0, np.repeat(n_node, n_edge), (2, n_edge.sum()))
   numbers = np.arange(num_examples)
   graphs = jraph.GraphsTuple(
-      nodes=np.repeat(numbers, n_node)[:, None] + 1.0,
-      edges=np.stack([np.repeat(numbers, n_edge) + 1.0, *(ends - first)], axis=1),
-      senders=ends[0],
-      receivers=ends[1],
-      n_node=n_node,
-      n_edge=n_edge,
-      globals=None,
+    nodes=np.repeat(numbers, n_node)[:, None] + 1.0,
+    edges=np.stack([np.repeat(numbers, n_edge) + 1.0, *(ends - first)], axis=1),
+    senders=ends[0],
+    receivers=ends[1],
+    n_node=n_node,
+    n_edge=n_edge,
+    globals=None,
   )
   return GraphSplit(graphs, numbers, **kwargs)
 
@@ -41,9 +41,9 @@ def _graph_split(num_examples: int, **kwargs) -> GraphSplit:
 def _seen(batches, epoch: int, start: int = 0) -> list[int]:
   """Labels of an epoch's examples, shard after shard."""
   return [
-      label
-      for batch in batches.epoch(epoch, start)
-      for label in batch['labels'][batch['weights'] > 0].tolist()
+    label
+    for batch in batches.epoch(epoch, start)
+    for label in batch['labels'][batch['weights'] > 0].tolist()
   ]
 
 
@@ -60,7 +60,7 @@ def test_an_epoch_of_arrays_is_a_permutation(sizes, shards, epoch):
   for batch in everything:
     assert batch['weights'].shape[:-1] == shards
     np.testing.assert_array_equal(
-        batch['inputs'][..., 0], (batch['labels'] + 1) * batch['weights']
+      batch['inputs'][..., 0], (batch['labels'] + 1) * batch['weights']
     )
 
 
@@ -80,8 +80,9 @@ def test_graphs_stay_whole_and_edges_sorted(sizes, shards):
   split = _graph_split(num_examples)
   for batch in split.batches(batch_size, shards=shards, seed=0).epoch(0):
     assert all(leaf.shape[: len(shards)] == shards for leaf in jax.tree.leaves(batch))
-    flat = jax.tree.map(lambda leaf, s=shards: leaf.reshape(-1, *leaf.shape[len(s):]),
-                        batch)
+    flat = jax.tree.map(
+      lambda leaf, s=shards: leaf.reshape(-1, *leaf.shape[len(s) :]), batch
+    )
     for index in range(len(flat['labels'])):
       _check_shard(jax.tree.map(lambda leaf, i=index: leaf[i], flat))
 
@@ -104,7 +105,7 @@ def _check_shard(batch):
   inside = real[graph_of_edge]
   for column, ends in ((1, graphs.senders), (2, graphs.receivers)):
     np.testing.assert_array_equal(
-        graphs.edges[inside, column], (ends - first_node)[inside]
+      graphs.edges[inside, column], (ends - first_node)[inside]
     )
 
 
@@ -126,8 +127,13 @@ def test_graphs_share_few_tight_budgets():
   # Budgets depend on the counts alone; a graph's edges may all be self-loops.
   ends = np.repeat(np.cumsum(n_node) - n_node, n_edge)
   graphs = jraph.GraphsTuple(
-      nodes=np.zeros((n_node.sum(), 1), np.float32), edges=None, senders=ends,
-      receivers=ends, n_node=n_node, n_edge=n_edge, globals=None,
+    nodes=np.zeros((n_node.sum(), 1), np.float32),
+    edges=None,
+    senders=ends,
+    receivers=ends,
+    n_node=n_node,
+    n_edge=n_edge,
+    globals=None,
   )
   split = GraphSplit(graphs, np.zeros(3000))
   shapes, waste = set(), []
@@ -172,11 +178,11 @@ def test_the_split_is_disjoint_whole_and_seeded():
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'name'),
-    [
-        ({'batch_size': 0}, 'batch_size=0'),
-        ({'batch_size': 2, 'shards': (2, 0)}, r'shards=\(2, 0\)'),
-    ],
+  ('arguments', 'name'),
+  [
+    ({'batch_size': 0}, 'batch_size=0'),
+    ({'batch_size': 2, 'shards': (2, 0)}, r'shards=\(2, 0\)'),
+  ],
 )
 def test_impossible_sizes_are_refused(arguments, name):
   with pytest.raises(ValueError, match=name):

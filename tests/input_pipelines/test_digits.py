@@ -22,13 +22,13 @@ def test_both_parts_together_are_the_published_digits():
   rows = np.column_stack([inputs * 16, labels])
   expected = np.column_stack([published, targets])
   np.testing.assert_array_equal(
-      rows[np.lexsort(rows.T)], expected[np.lexsort(expected.T)]
+    rows[np.lexsort(rows.T)], expected[np.lexsort(expected.T)]
   )
 
 
 def test_the_seed_makes_the_split():
   first, again, other = (
-      _everything(digits.load(seed=seed)[1])['inputs'] for seed in (0, 0, 1)
+    _everything(digits.load(seed=seed)[1])['inputs'] for seed in (0, 0, 1)
   )
   np.testing.assert_array_equal(first, again)
   assert (first != other).any()

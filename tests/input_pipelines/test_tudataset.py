@@ -17,12 +17,12 @@ from input_pipelines import DataError, tudataset, tudataset_archive
 # Three graphs: a triangle of nodes 1 to 3, a single node 4, nodes 5 and 6 joined one
 # way. Labels are negative, have gaps, and a class comes second that is the smaller.
 TOY = {
-    'A': '1, 2\n2, 1\n2, 3\n3, 2\n1, 3\n3, 1\n5, 6\n',
-    'graph_indicator': '1\n1\n1\n2\n3\n3\n',
-    'graph_labels': '7\n-1\n7\n',
-    'node_labels': '-3\n5\n5\n9\n-3\n9\n',
-    'edge_labels': '2\n2\n2\n2\n0\n0\n4\n',
-    'node_attributes': '.5, 1\n-2e1, 0\n0, 0\n1, 1\n3, 4\n5, 6\n',
+  'A': '1, 2\n2, 1\n2, 3\n3, 2\n1, 3\n3, 1\n5, 6\n',
+  'graph_indicator': '1\n1\n1\n2\n3\n3\n',
+  'graph_labels': '7\n-1\n7\n',
+  'node_labels': '-3\n5\n5\n9\n-3\n9\n',
+  'edge_labels': '2\n2\n2\n2\n0\n0\n4\n',
+  'node_attributes': '.5, 1\n-2e1, 0\n0, 0\n1, 1\n3, 4\n5, 6\n',
 }
 
 
@@ -42,10 +42,10 @@ def load(tmp_path, monkeypatch):
   """`load` from and into folders of the test, with the publisher out of reach."""
   monkeypatch.setattr(tudataset, '_publisher_answers', lambda: False)
   return functools.partial(
-      tudataset.load,
-      'TOY',
-      data_dir=str(tmp_path / 'data'),
-      manual_dir=str(tmp_path / 'manual'),
+    tudataset.load,
+    'TOY',
+    data_dir=str(tmp_path / 'data'),
+    manual_dir=str(tmp_path / 'manual'),
   )
 
 
@@ -56,15 +56,20 @@ def _graphs(*splits) -> list[dict]:
   for batch in batches:
     inputs = batch['inputs']
     nodes, edges = inputs.n_node[0], inputs.n_edge[0]
-    graphs.append({
+    graphs.append(
+      {
         'label': int(batch['labels'][0]),
         'nodes': inputs.nodes[:nodes].tolist(),
-        'ends': list(zip(
-            inputs.senders[:edges].tolist(), inputs.receivers[:edges].tolist(),
+        'ends': list(
+          zip(
+            inputs.senders[:edges].tolist(),
+            inputs.receivers[:edges].tolist(),
             strict=True,
-        )),
+          )
+        ),
         'edges': None if inputs.edges is None else inputs.edges[:edges].tolist(),
-    })
+      }
+    )
   return sorted(graphs, key=lambda graph: -len(graph['nodes']))
 
 
@@ -76,39 +81,37 @@ def test_features_labels_and_edges(load, tmp_path):
   triangle, pair, single = _graphs(train, test)
   # Node labels -3, 5, 9 one-hot, then the two attributes.
   assert triangle == {
-      'label': 1,
-      'nodes': [[1, 0, 0, 0.5, 1], [0, 1, 0, -20, 0], [0, 1, 0, 0, 0]],
-      'ends': [(1, 0), (2, 0), (0, 1), (2, 1), (1, 2), (0, 2)],
-      'edges': [[0, 1, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0], [0, 1, 0], [1, 0, 0]],
+    'label': 1,
+    'nodes': [[1, 0, 0, 0.5, 1], [0, 1, 0, -20, 0], [0, 1, 0, 0, 0]],
+    'ends': [(1, 0), (2, 0), (0, 1), (2, 1), (1, 2), (0, 2)],
+    'edges': [[0, 1, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0], [0, 1, 0], [1, 0, 0]],
   }
   assert pair == {
-      'label': 1,
-      'nodes': [[1, 0, 0, 3, 4], [0, 0, 1, 5, 6]],
-      'ends': [(0, 1)],
-      'edges': [[0, 0, 1]],
+    'label': 1,
+    'nodes': [[1, 0, 0, 3, 4], [0, 0, 1, 5, 6]],
+    'ends': [(0, 1)],
+    'edges': [[0, 0, 1]],
   }
-  assert single == {
-      'label': 0, 'nodes': [[0, 0, 1, 1, 1]], 'ends': [], 'edges': []
-  }
+  assert single == {'label': 0, 'nodes': [[0, 0, 1, 1, 1]], 'ends': [], 'edges': []}
 
 
 def test_nodes_need_not_be_grouped_by_graph(load, tmp_path):
   _write(
-      tmp_path / 'manual',
-      A='1, 3\n4, 2\n',
-      graph_indicator='2\n1\n2\n1\n3\n3\n',
-      edge_labels='0\n1\n',
-      node_attributes=None,
+    tmp_path / 'manual',
+    A='1, 3\n4, 2\n',
+    graph_indicator='2\n1\n2\n1\n3\n3\n',
+    edge_labels='0\n1\n',
+    node_attributes=None,
   )
   train, test, _, _ = load()
   shapes = {
-      (tuple(map(tuple, graph['nodes'])), tuple(graph['ends']))
-      for graph in _graphs(train, test)
+    (tuple(map(tuple, graph['nodes'])), tuple(graph['ends']))
+    for graph in _graphs(train, test)
   }
   assert shapes == {
-      (((0, 1, 0), (0, 0, 1)), ((1, 0),)),
-      (((1, 0, 0), (0, 1, 0)), ((0, 1),)),
-      (((1, 0, 0), (0, 0, 1)), ()),
+    (((0, 1, 0), (0, 0, 1)), ((1, 0),)),
+    (((1, 0, 0), (0, 1, 0)), ((0, 1),)),
+    (((1, 0, 0), (0, 0, 1)), ()),
   }
 
 
@@ -118,18 +121,18 @@ def test_unlabelled_nodes_get_their_degree_or_a_constant(load, tmp_path):
   train, test, _, num_features = load()
   assert num_features == 3
   assert [graph['nodes'] for graph in _graphs(train, test)] == [
-      [[0, 0, 1]] * 3,
-      [[1, 0, 0], [0, 1, 0]],
-      [[1, 0, 0]],
+    [[0, 0, 1]] * 3,
+    [[1, 0, 0], [0, 1, 0]],
+    [[1, 0, 0]],
   ]
   assert all(graph['edges'] is None for graph in _graphs(train, test))
   star = ''.join(f'{node}, 1\n' for node in range(2, 600))
   _write(
-      tmp_path / 'manual',
-      **bare,
-      A=star,
-      graph_indicator='1\n' * 599 + '2\n',
-      graph_labels='0\n1\n',
+    tmp_path / 'manual',
+    **bare,
+    A=star,
+    graph_indicator='1\n' * 599 + '2\n',
+    graph_labels='0\n1\n',
   )
   train, _, _, num_features = load()
   assert num_features == 1
@@ -138,11 +141,11 @@ def test_unlabelled_nodes_get_their_degree_or_a_constant(load, tmp_path):
 
 def test_a_set_without_edges_and_a_graph_without_nodes(load, tmp_path):
   _write(
-      tmp_path / 'manual',
-      A='',
-      graph_labels='0\n1\n2\n1\n',
-      edge_labels=None,
-      node_attributes=None,
+    tmp_path / 'manual',
+    A='',
+    graph_labels='0\n1\n2\n1\n',
+    edge_labels=None,
+    node_attributes=None,
   )
   train, test, num_classes, _ = load()
   assert num_classes == 3
@@ -191,54 +194,55 @@ def test_a_damaged_prepared_set_is_named_and_mended(load, tmp_path):
 
 
 BAD_FILES = {
-    'sender out of range': (
-        {'A': '1, 2\n9, 1\n'},
-        r'TOY_A\.txt in .*: line 2 has 9, outside the 6 nodes 1 to 6',
-    ),
-    'receiver zero': ({'A': '1, 0\n'}, r'TOY_A\.txt .*line 1 has 0'),
-    'indicator out of range': (
-        {'graph_indicator': '1\n1\n1\n2\n3\n4\n'},
-        r'graph_indicator\.txt .*line 6 has 4, outside the 3 graphs 1 to 3',
-    ),
-    'indicator negative': (
-        {'graph_indicator': '1\n-1\n1\n2\n3\n3\n'},
-        r'graph_indicator\.txt .*line 2 has -1',
-    ),
-    'edge between graphs': (
-        {'A': '1, 2\n3, 4\n'},
-        r'TOY_A\.txt .*line 2 joins nodes 3 and 4 of different graphs',
-    ),
-    'words': ({'A': '1, 2\n1, two\n'}, r"TOY_A\.txt .*line 2 has 'two', not a number"),
-    'fractions': (
-        {'node_labels': '1\n1\n1\n2.5\n3\n3\n'},
-        r'node_labels\.txt .*line 4 has 2\.5, not a whole number',
-    ),
-    'not finite': (
-        {'node_attributes': '1\n1\nnan\n2\n3\n3\n'},
-        r'node_attributes\.txt .*line 3 has nan',
-    ),
-    'not text': ({'graph_labels': b'1\n\xff\xfe\n2\n'}, r'graph_labels\.txt .*line 2'),
-    'three columns': ({'A': '1, 2, 3\n'}, r'line 1 has 3 numbers where 2 are needed'),
-    'ragged': ({'A': '1, 2\n1\n'}, r'line 2 has 1 numbers where 2 are needed'),
-    'too few node labels': (
-        {'node_labels': '1\n2\n'},
-        r'node_labels\.txt .*2 lines where 6 are needed',
-    ),
-    'too many edge labels': (
-        {'edge_labels': '1\n' * 8},
-        r'edge_labels\.txt .*8 lines where 7 are needed',
-    ),
-    'one class': ({'graph_labels': '1\n1\n1\n'}, r'distinct labels: 1, needed are two'),
-    'no graphs': ({'graph_labels': ''}, r'distinct labels: 0, needed are two'),
-    'no edge file': ({'A': None}, r'TOY\.zip has no TOY/TOY_A\.txt'),
-    'no graph labels': (
-        {'graph_labels': None}, r'TOY\.zip has no TOY/TOY_graph_labels\.txt'
-    ),
+  'sender out of range': (
+    {'A': '1, 2\n9, 1\n'},
+    r'TOY_A\.txt in .*: line 2 has 9, outside the 6 nodes 1 to 6',
+  ),
+  'receiver zero': ({'A': '1, 0\n'}, r'TOY_A\.txt .*line 1 has 0'),
+  'indicator out of range': (
+    {'graph_indicator': '1\n1\n1\n2\n3\n4\n'},
+    r'graph_indicator\.txt .*line 6 has 4, outside the 3 graphs 1 to 3',
+  ),
+  'indicator negative': (
+    {'graph_indicator': '1\n-1\n1\n2\n3\n3\n'},
+    r'graph_indicator\.txt .*line 2 has -1',
+  ),
+  'edge between graphs': (
+    {'A': '1, 2\n3, 4\n'},
+    r'TOY_A\.txt .*line 2 joins nodes 3 and 4 of different graphs',
+  ),
+  'words': ({'A': '1, 2\n1, two\n'}, r"TOY_A\.txt .*line 2 has 'two', not a number"),
+  'fractions': (
+    {'node_labels': '1\n1\n1\n2.5\n3\n3\n'},
+    r'node_labels\.txt .*line 4 has 2\.5, not a whole number',
+  ),
+  'not finite': (
+    {'node_attributes': '1\n1\nnan\n2\n3\n3\n'},
+    r'node_attributes\.txt .*line 3 has nan',
+  ),
+  'not text': ({'graph_labels': b'1\n\xff\xfe\n2\n'}, r'graph_labels\.txt .*line 2'),
+  'three columns': ({'A': '1, 2, 3\n'}, r'line 1 has 3 numbers where 2 are needed'),
+  'ragged': ({'A': '1, 2\n1\n'}, r'line 2 has 1 numbers where 2 are needed'),
+  'too few node labels': (
+    {'node_labels': '1\n2\n'},
+    r'node_labels\.txt .*2 lines where 6 are needed',
+  ),
+  'too many edge labels': (
+    {'edge_labels': '1\n' * 8},
+    r'edge_labels\.txt .*8 lines where 7 are needed',
+  ),
+  'one class': ({'graph_labels': '1\n1\n1\n'}, r'distinct labels: 1, needed are two'),
+  'no graphs': ({'graph_labels': ''}, r'distinct labels: 0, needed are two'),
+  'no edge file': ({'A': None}, r'TOY\.zip has no TOY/TOY_A\.txt'),
+  'no graph labels': (
+    {'graph_labels': None},
+    r'TOY\.zip has no TOY/TOY_graph_labels\.txt',
+  ),
 }
 
 
 @pytest.mark.parametrize(
-    ('changes', 'message'), BAD_FILES.values(), ids=BAD_FILES.keys()
+  ('changes', 'message'), BAD_FILES.values(), ids=BAD_FILES.keys()
 )
 def test_bad_files_are_named_in_one_sentence(load, tmp_path, changes, message):
   _write(tmp_path / 'manual', **changes)
@@ -249,7 +253,7 @@ def test_bad_files_are_named_in_one_sentence(load, tmp_path, changes, message):
 
 
 @pytest.mark.parametrize(
-    'member', ['../TOY_A.txt', 'TOY/../../x', '/etc/x', 'C:/x', '..\\x', '\\x']
+  'member', ['../TOY_A.txt', 'TOY/../../x', '/etc/x', 'C:/x', '..\\x', '\\x']
 )
 def test_paths_that_climb_out_are_refused(load, tmp_path, member):
   with zipfile.ZipFile(_write(tmp_path / 'manual'), 'a') as archive:
@@ -282,8 +286,12 @@ def test_without_a_source_one_sentence_in_under_a_second(tmp_path, monkeypatch):
   with pytest.raises(DataError) as caught:
     tudataset.load('TOY', data_dir=str(tmp_path), manual_dir=str(tmp_path / 'manual'))
   assert time.perf_counter() - start < 1
-  for part in ('TOY.zip', 'https://www.chrsmrrs.com/graphkerneldatasets/TOY.zip',
-               str(tmp_path / 'manual'), '--manual_dir'):
+  for part in (
+    'TOY.zip',
+    'https://www.chrsmrrs.com/graphkerneldatasets/TOY.zip',
+    str(tmp_path / 'manual'),
+    '--manual_dir',
+  ):
     assert part in str(caught.value)
 
 
@@ -346,7 +354,7 @@ def test_mutagenicity_is_what_its_publisher_says(data_dir, tmp_path):
   assert graphs.n_node.max() == 417
   assert len(graphs.senders) == graphs.n_edge.sum() == 266_894
   train, test, num_classes, num_features = tudataset.load(
-      'Mutagenicity', data_dir=str(tmp_path), manual_dir=str(data_dir)
+    'Mutagenicity', data_dir=str(tmp_path), manual_dir=str(data_dir)
   )
   assert (train.num_examples, test.num_examples) == (3035, 1302)
   assert (num_classes, num_features) == (2, 14)

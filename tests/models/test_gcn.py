@@ -22,13 +22,13 @@ def _random_graphs(seed: int, sizes: list[tuple[int, int]]) -> jraph.GraphsTuple
   first = np.repeat(np.cumsum(n_node) - n_node, n_edge)
   ends = rng.integers(0, np.repeat(n_node, n_edge), size=(2, n_edge.sum())) + first
   return jraph.GraphsTuple(
-      nodes=rng.normal(size=(n_node.sum(), NUM_FEATURES)),
-      edges=None,
-      senders=ends[0],
-      receivers=ends[1],
-      n_node=n_node,
-      n_edge=n_edge,
-      globals=None,
+    nodes=rng.normal(size=(n_node.sum(), NUM_FEATURES)),
+    edges=None,
+    senders=ends[0],
+    receivers=ends[1],
+    n_node=n_node,
+    n_edge=n_edge,
+    globals=None,
   )
 
 
@@ -44,11 +44,11 @@ def _one(index: int) -> jraph.GraphsTuple:
   edges = slice(last_edge[index] - GRAPHS.n_edge[index], last_edge[index])
   order = np.argsort(GRAPHS.receivers[edges], kind='stable')
   return GRAPHS._replace(
-      nodes=GRAPHS.nodes[first_node : last_node[index]],
-      senders=GRAPHS.senders[edges][order] - first_node,
-      receivers=GRAPHS.receivers[edges][order] - first_node,
-      n_node=GRAPHS.n_node[index : index + 1],
-      n_edge=GRAPHS.n_edge[index : index + 1],
+    nodes=GRAPHS.nodes[first_node : last_node[index]],
+    senders=GRAPHS.senders[edges][order] - first_node,
+    receivers=GRAPHS.receivers[edges][order] - first_node,
+    n_node=GRAPHS.n_node[index : index + 1],
+    n_edge=GRAPHS.n_edge[index : index + 1],
   )
 
 
@@ -93,11 +93,11 @@ def alone(variables):
   """Loss, logits and gradient of each graph without padding."""
   with jax.enable_x64(True):
     return [
-        _loss_and_gradient(
-            variables,
-            {'inputs': _one(i), 'labels': LABELS[[i]], 'weights': np.ones(1)},
-        )
-        for i in range(len(SIZES))
+      _loss_and_gradient(
+        variables,
+        {'inputs': _one(i), 'labels': LABELS[[i]], 'weights': np.ones(1)},
+      )
+      for i in range(len(SIZES))
     ]
 
 
@@ -120,16 +120,16 @@ def test_padding_changes_neither_values_nor_gradients(variables, alone, padded):
   (loss, logits), gradient = _loss_and_gradient(variables, padded)
   np.testing.assert_allclose(loss, sum(value for (value, _), _ in alone), rtol=1e-12)
   np.testing.assert_allclose(
-      logits[: len(SIZES)],
-      np.concatenate([logits for (_, logits), _ in alone]),
-      rtol=1e-12,
+    logits[: len(SIZES)],
+    np.concatenate([logits for (_, logits), _ in alone]),
+    rtol=1e-12,
   )
   jax.tree.map(
-      lambda whole, *parts: np.testing.assert_allclose(
-          whole, sum(parts), rtol=1e-11, atol=1e-13
-      ),
-      gradient,
-      *(part for _, part in alone),
+    lambda whole, *parts: np.testing.assert_allclose(
+      whole, sum(parts), rtol=1e-11, atol=1e-13
+    ),
+    gradient,
+    *(part for _, part in alone),
   )
 
 
@@ -154,17 +154,17 @@ def test_hessian_vector_product_is_the_derivative_of_the_gradient(variables, pad
     behind = jax.tree.map(lambda v, u: v - step * u, variables, vector)
     product = jax.jvp(gradient, (variables,), (vector,))[1]
     return product, jax.tree.map(
-        lambda a, b: (a - b) / (2 * step), gradient(ahead), gradient(behind)
+      lambda a, b: (a - b) / (2 * step), gradient(ahead), gradient(behind)
     )
 
   vector = jax.tree.map(
-      lambda leaf: np.sin(np.arange(leaf.size)).reshape(leaf.shape), variables
+    lambda leaf: np.sin(np.arange(leaf.size)).reshape(leaf.shape), variables
   )
   product, difference = product_and_difference(vector)
   jax.tree.map(
-      lambda p, d: np.testing.assert_allclose(p, d, rtol=1e-5, atol=1e-6),
-      product,
-      difference,
+    lambda p, d: np.testing.assert_allclose(p, d, rtol=1e-5, atol=1e-6),
+    product,
+    difference,
   )
 
 
@@ -191,5 +191,5 @@ def test_the_papers_network_has_92546_parameters_that_start_as_pytorchs():
       assert np.abs(leaf).max() <= fan_in**-0.5
       if leaf.size > 500:
         np.testing.assert_allclose(
-            np.std(leaf), (3 * fan_in) ** -0.5, rtol=10 / leaf.size**0.5
+          np.std(leaf), (3 * fan_in) ** -0.5, rtol=10 / leaf.size**0.5
         )
