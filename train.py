@@ -16,13 +16,13 @@ from collections.abc import Sequence
 
 import tasks
 from input_pipelines import DataError
-from training import cli, loop, parallel, summary, sweep
+from training import cli, loop, optimizers, parallel, summary, sweep
 from training import config as config_lib
 
 
 def _define_flags() -> cli.Flags:
   flags = cli.Flags()
-  flags.heading(f'Flags of a run; unset, the task decides (tasks: {", ".join(tasks.TASKS)})')
+  flags.heading('Flags of a run; unset, the task decides')
   flags.define_config(lists=('optimizer', 'rho'))
   flags.heading('Several runs')
   flags.define('seeds', 'int', 'runs of each kind, with seeds from --seed on')
@@ -36,23 +36,33 @@ def _define_flags() -> cli.Flags:
   flags.define('devices', 'int', 'devices of this process to use; 0: all', 0)
   flags.define(
       'coordinator', 'str',
-      "several processes: host:port of the first, or 'cluster' for the cluster's own", ''
+      "several processes: host:port of the first, or 'cluster' to ask the cluster", ''
   )
   flags.define('num_processes', 'int', 'several processes: how many', 1)
   flags.define('process_id', 'int', 'several processes: which one this is', 0)
   return flags
 
 
+def _usage() -> str:
+  names = {
+      'Tasks': tasks.TASKS,
+      'Methods': optimizers.METHODS,
+      'Base optimizers': optimizers.BASES,
+  }
+  lists = (f'{kind}: {", ".join(found)}.' for kind, found in names.items())
+  return __doc__ + '\n' + '\n'.join(lists)
+
+
 def main(argv: Sequence[str]) -> None:
   """Trains what the flags say."""
-  flags = _define_flags().parse(argv, __doc__)
+  flags = _define_flags().parse(argv, _usage())
   overrides = cli.config_overrides(flags)
   task = overrides.pop('task', 'digits_mlp')
-  optimizers = overrides.pop('optimizer', [None])
+  methods = overrides.pop('optimizer', [None])
   radii = cli.numbers('rho', overrides.pop('rho', None)) or [None]
   points = sweep.points(
       lambda **fields: tasks.resolve(task, **overrides, **fields),
-      optimizers, radii, flags.seeds,
+      methods, radii, flags.seeds,
   )
   if flags.cache:
     parallel.enable_compilation_cache()

@@ -14,9 +14,9 @@ RECIPE = training.Config(
     task='digits_mlp',
     optimizer='sgd',
     base_optimizer='sgd',
-    epochs=50,
-    batch_size=64,
-    learning_rate=0.1,
+    epochs=40,
+    batch_size=32,
+    learning_rate=0.5,
     schedule='cosine',
     label_smoothing=0.1,
 )

@@ -3,8 +3,8 @@
 python train.py --task=mutagenicity_gcn [--optimizer=sam] --manual_dir=DIR
 
 DIR holds the publisher's Mutagenicity.zip; without it the archive is downloaded.
-Recipe: Adam .01, L2 5e-4, batch 64, 200 epochs, label smoothing .1, learning rate x0.2 at
-30, 60 and 80 % of the epochs; 70/30 split at random. 92,546 parameters: the paper's
+Recipe: Adam .01, L2 5e-4, batch 64, 200 epochs, label smoothing .1, learning rate x0.2
+at 30, 60 and 80 % of the epochs; 70/30 split at random. 92,546 parameters: the paper's
 125,442 count a layer that is declared there and never called.
 """
 

@@ -2,8 +2,8 @@
 
 python train.py --task=tudataset_gcn --dataset=PROTEINS [--manual_dir=DIR]
 
-DIR holds the publisher's PROTEINS.zip; without it the archive is downloaded. The recipe is
-that of mutagenicity_gcn with half the epochs.
+DIR holds the publisher's PROTEINS.zip; without it the archive is downloaded. The recipe
+is that of mutagenicity_gcn with half the epochs.
 """
 
 import models
@@ -30,8 +30,8 @@ def build(config: training.Config) -> training.Workload:
   """The graph network and a random 70/30 split of the data set."""
   if not config.dataset:
     raise UsageError(
-        f'--task={config.task} needs the name of a data set: give --dataset=PROTEINS or '
-        'another name of the TUDataset collection.'
+        f'--task={config.task} needs the name of a data set: give --dataset=PROTEINS '
+        'or another name of the TUDataset collection.'
     )
   train, test, num_classes, _ = tudataset.load(
       config.dataset,

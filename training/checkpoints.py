@@ -1,4 +1,4 @@
-"""Checkpoints: orbax files with a checksum, the newest two of a run."""
+"""Checkpoints: orbax files with their digests, the newest two of a run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from training.config import write_json
 from training.errors import TrainingDiverged, UsageError
 from training.step import TrainState
 
 FOLDER = 'checkpoints'
 _DAMAGED = 'damaged_checkpoints'
+_DIGESTS = 'digests.json'
 _KEEP = 2
 
 
@@ -76,19 +78,19 @@ class Checkpoints:
         step,
         args=ocp.args.Composite(
             state=ocp.args.PyTreeSave(_nest(arrays)),
-            position=ocp.args.JsonSave(
-                {**position, 'checksum': _checksum(arrays, position)}
-            ),
+            position=ocp.args.JsonSave(position),
         ),
     )
+    folder = self._folder / str(step)
+    write_json(folder / _DIGESTS, _digests(folder))
 
   def restore_newest(self) -> Checkpoint | None:
     """The newest undamaged checkpoint; damaged ones are moved away with a warning."""
     while self._steps():
       step = self._steps()[-1]
       try:
-        return _read(self._manager, step)
-      except Exception as error:  # orbax raises whatever the damaged byte leads to
+        return _read(self._manager, self._folder, step)
+      except Exception as error:  # whatever the damage leads to
         shelf = self._folder.parent / _DAMAGED
         shelf.mkdir(exist_ok=True)
         shutil.rmtree(shelf / str(step), ignore_errors=True)
@@ -120,7 +122,7 @@ def load(workdir: pathlib.Path) -> Checkpoint:
   folder = (workdir / FOLDER).absolute()
   steps = []
   if folder.is_dir():
-    steps = sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()))
+    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
   if not steps:
     raise UsageError(
         f'{workdir} has no checkpoint yet: run train.py --workdir={workdir} first.'
@@ -130,7 +132,7 @@ def load(workdir: pathlib.Path) -> Checkpoint:
   for step in reversed(steps):
     with contextlib.closing(ocp.CheckpointManager(folder, options=options)) as manager:
       try:
-        return _read(manager, step)
+        return _read(manager, folder, step)
       except Exception as error:  # as above
         warnings.warn(
             f'the checkpoint of step {step} in {folder} is damaged ({_brief(error)}): '
@@ -202,23 +204,48 @@ def select(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
   }
 
 
-def _read(manager: ocp.CheckpointManager, step: int) -> Checkpoint:
-  """Reads and verifies one checkpoint."""
+def _read(
+    manager: ocp.CheckpointManager, folder: pathlib.Path, step: int
+) -> Checkpoint:
+  """Verifies and reads one checkpoint."""
+  _verify(folder / str(step))
   restored = manager.restore(
       step,
       args=ocp.args.Composite(
           state=ocp.args.PyTreeRestore(), position=ocp.args.JsonRestore()
       ),
   )
-  position = dict(restored.position)
-  checksum = position.pop('checksum')
   arrays = {
       jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(leaf)
       for path, leaf in jax.tree_util.tree_flatten_with_path(restored.state)[0]
   }
-  if _checksum(arrays, position) != checksum:
-    raise ValueError('its checksum does not match')
-  return Checkpoint(arrays, position)
+  return Checkpoint(arrays, dict(restored.position))
+
+
+def _verify(folder: pathlib.Path) -> None:
+  """Compares a checkpoint's files with their digests before orbax opens them.
+
+  A run killed between orbax's last rename and ours leaves a whole checkpoint without
+  digests; it is accepted.
+  """
+  path = folder / _DIGESTS
+  if not path.exists():
+    return
+  written, found = json.loads(path.read_text()), _digests(folder)
+  for name in written:
+    if found.get(name) != written[name]:
+      raise ValueError(f'{name} is {"changed" if name in found else "missing"}')
+
+
+def _digests(folder: pathlib.Path) -> dict[str, str]:
+  """The digest of every file of a checkpoint but that of the digests."""
+  found = {}
+  for path in sorted(folder.rglob('*')):
+    if path.is_file() and path.name != _DIGESTS:
+      with path.open('rb') as file:
+        digest = hashlib.file_digest(file, 'blake2b').hexdigest()
+      found[path.relative_to(folder).as_posix()] = digest
+  return found
 
 
 def _nest(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -231,16 +258,6 @@ def _nest(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
       node = node.setdefault(parent, {})
     node[leaf] = array
   return tree
-
-
-def _checksum(arrays: dict[str, np.ndarray], position: dict[str, Any]) -> str:
-  digest = hashlib.blake2b(digest_size=16)
-  digest.update(json.dumps(position, sort_keys=True).encode())
-  for name in sorted(arrays):
-    array = np.ascontiguousarray(arrays[name])
-    digest.update(f'{name} {array.dtype} {array.shape}'.encode())
-    digest.update(array.tobytes())
-  return digest.hexdigest()
 
 
 def _is_key(leaf: Any) -> bool:

@@ -20,8 +20,8 @@ _HELP = ('--help', '-h', '-help', '--helpfull', '--helpshort')
 class Flags:
   """A script's own flags, without those that libraries define.
 
-  Every flag has a name, a kind ('str', 'int', 'float', 'bool' or 'list'), a help text and
-  a default, None if unset.
+  Every flag has a name, a kind ('str', 'int', 'float', 'bool' or 'list'), a help text
+  and a default, None if unset.
   """
 
   def __init__(self):
@@ -71,7 +71,9 @@ class Flags:
       raise SystemExit(0)
     rest = self._values(list(argv))[1:]
     if rest:
-      raise UsageError(f'unexpected argument {rest[0]!r}: flags are given as --name=value.')
+      raise UsageError(
+          f'unexpected argument {rest[0]!r}: flags are given as --name=value.'
+      )
     # Libraries that define absl flags of their own expect them parsed.
     flags.FLAGS.mark_as_parsed()
     return self._values

@@ -38,10 +38,10 @@ class Config:
   task: str = _field('digits_mlp', 'workload: model, data and recipe')
   dataset: str = _field('', 'data set by name, for tasks over a collection (PROTEINS)')
   optimizer: str = _field(
-      'sgd', 'a sharpness-aware method (sam, asam, usam), or a base optimizer alone'
+      'sgd', 'a sharpness-aware method, or a base optimizer alone'
   )
   base_optimizer: str = _field(
-      '', 'what follows the method: sgd, momentum, nesterov, adam, adamw'
+      '', 'the base optimizer that follows the method'
   )
   rho: float | None = _field(None, "the method's perturbation radius")
   epochs: int = _field(50, 'passes over the training split')

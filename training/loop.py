@@ -331,8 +331,8 @@ def _prefetch(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 def _other_params(workdir: str, params: Any) -> Any:
   """The parameters of another run, which must fit this one's."""
-  arrays = checkpoints.load(pathlib.Path(workdir)).arrays
   try:
+    arrays = checkpoints.load(pathlib.Path(workdir)).arrays
     return checkpoints.from_arrays(
         checkpoints.select(arrays, 'params'), params, f'the checkpoint in {workdir}'
     )

@@ -55,7 +55,7 @@ def loss_fn(model: Any, config: Config) -> Callable[..., tuple[jax.Array, Any]]:
     ``loss(params, batch_stats, batch, *, train=False, key=None, normalizer=None)`` ->
     ``(value, (logits, batch_stats))``. The value is the sum of the weighted losses over
     ``normalizer``, by default the batch's total weight, which makes it the mean. With
-    ``train=True`` dropout draws from ``key`` and batch statistics are those of the batch.
+    ``train=True`` dropout draws from ``key``, and batch statistics are the batch's own.
   """
 
   def loss(params, batch_stats, batch, *, train=False, key=None, normalizer=None):
@@ -67,9 +67,7 @@ def loss_fn(model: Any, config: Config) -> Callable[..., tuple[jax.Array, Any]]:
     weights = batch['weights']
     if normalizer is None:
       normalizer = jnp.sum(weights)
-    # A padding slot may hold anything; a select, not a product, keeps its NaN out.
-    value = jnp.sum(jnp.where(weights > 0, weights * losses, 0)) / normalizer
-    return value, (logits, batch_stats)
+    return jnp.sum(weights * losses) / normalizer, (logits, batch_stats)
 
   return loss
 

@@ -37,7 +37,7 @@ class MetricsFile:
     temporary = self._path.with_suffix('.tmp')
     temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept))
     os.replace(temporary, self._path)
-    self._file = open(self._path, 'a')
+    self._file = self._path.open('a')
 
   def write(self, **values: Any) -> None:
     """Appends one line; fields that are not given are null."""

@@ -43,7 +43,9 @@ class DataParallel:
     """What the devices call themselves."""
     return self._devices[0].device_kind
 
-  def map(self, step: Callable[..., Any], *, donate: bool = False) -> Callable[..., Any]:
+  def map(
+      self, step: Callable[..., Any], *, donate: bool = False
+  ) -> Callable[..., Any]:
     """Maps a step written per replica; with donate its first argument is consumed."""
     return jax.pmap(
         step,
@@ -149,6 +151,8 @@ def agree_to_stop(step: int, requested: bool) -> bool:
 
 def enable_compilation_cache() -> None:
   """Keeps compiled programs in the user's cache folder, so that restarts are fast."""
+  if jax.config.jax_compilation_cache_dir:
+    return  # the user's own choice
   home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
   jax.config.update('jax_compilation_cache_dir', os.path.join(home, 'sam_jax', 'xla'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)

@@ -35,12 +35,14 @@ class Progress:
       return
     self._shown = now
     started, first_step = self._first
-    left = (now - started) / max(step - first_step, 1) * (self._steps - step)
+    left = ''
+    if step > first_step:
+      seconds = (now - started) / (step - first_step) * (self._steps - step)
+      left = f'  {_clock(seconds)} left'
     self._write(
-        f'epoch {min(epoch + 1, self._epochs)}/{self._epochs}  step {step}/{self._steps}'
+        f'epoch {epoch + 1}/{self._epochs}  step {step}/{self._steps}'
         f'  loss {means["loss"]:.4f}  accuracy {100 * means["accuracy"]:.2f} %'
-        f'{self._test}  {means["examples_per_second"]:,.0f} examples/s'
-        f'  {_clock(left)} left'
+        f'{self._test}  {means["examples_per_second"]:,.0f} examples/s{left}'
     )
 
   def test(self, accuracy: float) -> None:

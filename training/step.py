@@ -123,7 +123,7 @@ def make_train_step(
 def make_eval_step(
     model: Any, config: Config
 ) -> Callable[[tuple[Any, Any], Batch], Metrics]:
-  """A step ``((params, batch_stats), batch) -> sums`` over the batch of all replicas."""
+  """A step ``((params, batch_stats), batch) -> sums`` over all replicas' shards."""
   loss = losses.loss_fn(model, config)
 
   def eval_step(variables, batch):
@@ -139,7 +139,7 @@ def make_eval_step(
 
 
 def _weighted_mean(batch_stats: Any, weight: jax.Array, total: jax.Array) -> Any:
-  """Mean of shards' statistics by their number of examples; an empty shard has no say."""
+  """Mean of shards' statistics by their examples; an empty shard has no say."""
 
   def mean(leaf):
     weights = jnp.reshape(weight, weight.shape + (1,) * (leaf.ndim - weight.ndim))

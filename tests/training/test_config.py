@@ -1,0 +1,78 @@
+"""Configurations: validation, files, and whose workdir it is."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from training import Config, UsageError
+from training import config as config_lib
+
+
+@pytest.mark.parametrize(
+    ('field', 'value'),
+    [
+        ('rho', -0.1), ('rho', math.nan), ('learning_rate', math.inf),
+        ('learning_rate', -1.0), ('weight_decay', -1.0), ('epochs', 0),
+        ('batch_size', 0),
+        ('schedule', 'linear'), ('dtype', 'float16'), ('adaptive_rule', 'some'),
+        ('momentum', 1.0), ('label_smoothing', 1.0), ('warmup_epochs', 50.0),
+        ('m_sharpness', -1), ('seed', -1), ('checkpoint_every', -1),
+        ('clip_norm', -1.0),
+    ],
+)
+def test_a_bad_value_is_named(field, value):
+  with pytest.raises(UsageError, match=f'^--{field}={value}: .*\\.$'):
+    config_lib.validate(dataclasses.replace(Config(), **{field: value}))
+
+
+def test_the_default_is_valid_and_survives_its_file(tmp_path):
+  config = Config(optimizer='sam', rho=0.1, learning_rate=1e-3)
+  config_lib.validate(config)
+  config_lib.save(config, tmp_path)
+  assert config_lib.load(tmp_path) == config
+  written = json.loads((tmp_path / 'config.json').read_text())
+  assert {'python', 'jax', 'flax', 'optax'} <= set(written['versions'])
+
+
+def test_a_foreign_workdir_is_refused_with_the_differing_fields(tmp_path):
+  config_lib.claim(Config(optimizer='sam', rho=0.1), tmp_path / 'run')
+  with pytest.raises(UsageError) as caught:
+    config_lib.check(Config(optimizer='sam', rho=0.2, seed=3), tmp_path / 'run')
+  message = str(caught.value)
+  assert 'rho is 0.1 there and 0.2 here' in message
+  assert 'seed is 0 there and 3 here' in message
+  assert 'optimizer' not in message
+
+
+def test_where_the_data_lies_may_change(tmp_path):
+  config_lib.claim(Config(manual_dir='/here'), tmp_path)
+  config_lib.check(Config(manual_dir='/there', checkpoint_every=5), tmp_path)
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+  (tmp_path / 'thesis.tex').write_text('all of it')
+  with pytest.raises(UsageError, match='not empty .*thesis.tex'):
+    config_lib.check(Config(), tmp_path)
+
+
+def test_a_file_is_no_workdir(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UsageError, match='not a folder'):
+    config_lib.check(Config(), tmp_path / 'file')
+
+
+@pytest.mark.parametrize('text', ['', '{"config": {"se', '{}', '[]', '{"config": 3}'])
+def test_a_damaged_config_is_named(tmp_path, text):
+  (tmp_path / 'config.json').write_text(text)
+  with pytest.raises(UsageError, match='config.json is damaged'):
+    config_lib.load(tmp_path)
+
+
+def test_fields_of_a_later_version_are_refused(tmp_path):
+  (tmp_path / 'config.json').write_text('{"config": {"seed": 1, "colour": "red"}}')
+  with pytest.raises(UsageError, match='colour'):
+    config_lib.load(tmp_path)
+  (tmp_path / 'config.json').write_text('{"config": {"seed": 1}}')
+  assert config_lib.load(tmp_path).seed == 1
