@@ -43,12 +43,12 @@ def init_record(params: optax.Params) -> Record:
 
 
 def next_record(
-    state: Any,
-    *,
-    rho: jax.Array | float,
-    updates: optax.Updates,
-    perturbed_loss: jax.Array | float = 0.0,
-    axis_name: str | None = None,
+  state: Any,
+  *,
+  rho: jax.Array | float,
+  updates: optax.Updates,
+  perturbed_loss: jax.Array | float = 0.0,
+  axis_name: str | None = None,
 ) -> Record:
   """The record after one update.
 
@@ -66,10 +66,10 @@ def next_record(
     measured = jax.lax.pmean(measured, axis_name)
   gradient_norm, perturbed_loss = measured
   return Record(
-      count=optax.safe_increment(state.count),
-      rho=jnp.asarray(rho, dtype),
-      gradient_norm=gradient_norm.astype(dtype),
-      perturbed_loss=perturbed_loss,
+    count=optax.safe_increment(state.count),
+    rho=jnp.asarray(rho, dtype),
+    gradient_norm=gradient_norm.astype(dtype),
+    perturbed_loss=perturbed_loss,
   )
 
 
@@ -97,20 +97,20 @@ def is_off(rho: ScalarOrSchedule) -> bool:
 
 
 def where_on(
-    rho: jax.Array | float, perturbed: optax.Updates, updates: optax.Updates
+  rho: jax.Array | float, perturbed: optax.Updates, updates: optax.Updates
 ) -> optax.Updates:
   """``perturbed`` where rho > 0, else ``updates``: a select, so NaN cannot leak."""
   return jax.tree.map(
-      lambda p, u: jnp.where(jnp.asarray(rho) > 0, p.astype(u.dtype), u),
-      perturbed,
-      updates,
+    lambda p, u: jnp.where(jnp.asarray(rho) > 0, p.astype(u.dtype), u),
+    perturbed,
+    updates,
   )
 
 
 def gradient_function(
-    params: optax.Params,
-    grad_fn: Callable | None,
-    value_and_grad_fn: Callable | None,
+  params: optax.Params,
+  grad_fn: Callable | None,
+  value_and_grad_fn: Callable | None,
 ) -> ValueAndGrad:
   """One function ``params -> (value, grads)`` from whichever of the two was given.
 
@@ -129,14 +129,14 @@ def gradient_function(
   """
   if params is None:
     raise ValueError(
-        'the perturbation starts from the parameters: call '
-        'tx.update(grads, opt_state, params, grad_fn=...).'
+      'the perturbation starts from the parameters: call '
+      'tx.update(grads, opt_state, params, grad_fn=...).'
     )
   if (grad_fn is None) == (value_and_grad_fn is None):
     given = 'neither' if grad_fn is None else 'both'
     raise ValueError(
-        f'exactly one of grad_fn and value_and_grad_fn is required, got {given}: call '
-        'tx.update(grads, opt_state, params, grad_fn=jax.grad(loss)).'
+      f'exactly one of grad_fn and value_and_grad_fn is required, got {given}: call '
+      'tx.update(grads, opt_state, params, grad_fn=jax.grad(loss)).'
     )
 
   def evaluate(at):
@@ -149,13 +149,13 @@ def gradient_function(
     got, expected = jax.tree.structure(grads), jax.tree.structure(params)
     if got != expected:
       raise TypeError(
-          f'{name} must return gradients with the tree structure of params (a function '
-          f'with has_aux=True does not): expected {expected}, got {got}.'
+        f'{name} must return gradients with the tree structure of params (a function '
+        f'with has_aux=True does not): expected {expected}, got {got}.'
       )
     if jnp.shape(value):
       raise TypeError(
-          f'{name} must return a scalar value, got shape {jnp.shape(value)}: take the '
-          'mean over the batch.'
+        f'{name} must return a scalar value, got shape {jnp.shape(value)}: take the '
+        'mean over the batch.'
       )
     return value, grads
 
@@ -169,5 +169,36 @@ def perturb(params: optax.Params, eps: optax.Updates) -> optax.Params:
   rounding the sum to bfloat16 would eat 82 % of the perturbation.
   """
   return jax.tree.map(
-      lambda w, e: w + e.astype(w.dtype), perturbations.at_least_float32(params), eps
+    lambda w, e: w + e.astype(w.dtype), perturbations.at_least_float32(params), eps
   )
+
+
+def reject(tree: optax.Updates, direction: optax.Updates) -> optax.Updates:
+  r"""The part of ``tree`` orthogonal to ``direction``.
+
+  .. math:: g - \langle g, u \rangle u
+
+  Inner products are taken in at least float32. Where ``direction`` is zero, ``tree``.
+  """
+  a, b = map(perturbations.at_least_float32, (tree, direction))
+  factor = optax.tree.vdot(a, b) * perturbations.safe_reciprocal(optax.tree.vdot(b, b))
+  return jax.tree.map(
+    lambda x, y, like: (x - factor * y).astype(like.dtype), a, b, tree
+  )
+
+
+def combine(
+  method: optax.GradientTransformationExtraArgs,
+  rule: Callable[[optax.Updates, optax.Updates], optax.Updates],
+) -> optax.GradientTransformationExtraArgs:
+  """``method`` with its result replaced by ``rule(clean, perturbed)``.
+
+  ``clean`` are the incoming updates. Where rho is 0 they are the result, bit for bit.
+  """
+
+  def update_fn(updates, state, params=None, **extra_args):
+    perturbed, new_state = method.update(updates, state, params, **extra_args)
+    combined = rule(updates, perturbed)
+    return where_on(new_state.rho, combined, updates), new_state
+
+  return optax.GradientTransformationExtraArgs(method.init, update_fn)

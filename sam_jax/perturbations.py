@@ -55,7 +55,7 @@ def global_norm() -> optax.GradientTransformationExtraArgs:
 
 
 def adaptive(
-    eta: float = 0.01, *, weights: WeightsMask = None
+  eta: float = 0.01, *, weights: WeightsMask = None
 ) -> optax.GradientTransformationExtraArgs:
   r"""Scales the gradient by the size of each weight, as ASAM does.
 
@@ -96,12 +96,12 @@ def adaptive(
     del extra_args
     if params is None:
       raise ValueError(
-          'adaptive perturbations scale with the parameters: call '
-          'update(grads, state, params).'
+        'adaptive perturbations scale with the parameters: call '
+        'update(grads, state, params).'
       )
     is_weight = weights_mask(weights, params)
     operator = jax.tree.map(
-        lambda w, yes: jnp.abs(w) + eta if yes else jnp.ones_like(w), params, is_weight
+      lambda w, yes: jnp.abs(w) + eta if yes else jnp.ones_like(w), params, is_weight
     )
     scaled = jax.tree.map(jnp.multiply, operator, updates)
     direction = jax.tree.map(jnp.multiply, operator, scaled)
@@ -179,5 +179,5 @@ def _stateless(update_fn: Callable) -> optax.GradientTransformationExtraArgs:
     return update_fn(updates, params, **extra_args), state
 
   return optax.GradientTransformationExtraArgs(
-      lambda params: optax.EmptyState(), update
+    lambda params: optax.EmptyState(), update
   )

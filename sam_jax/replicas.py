@@ -13,8 +13,8 @@ def cross_replica_mean(axis_name: str) -> optax.GradientTransformationExtraArgs:
   r"""Averages the updates over the replicas of a mapped axis.
 
   Always needed **after** a sharpness-aware method under `jax.pmap`: every replica then
-  perturbs on its own batch, which is m-sharpness with m = batch / replicas. A second one
-  **before** the method gives all replicas one common perturbation.
+  perturbs on its own batch, which is m-sharpness with m = batch / replicas. A second
+  one **before** the method gives all replicas one common perturbation.
 
   Args:
     axis_name: the name given to `jax.pmap` or `jax.vmap`.
@@ -37,12 +37,12 @@ def cross_replica_mean(axis_name: str) -> optax.GradientTransformationExtraArgs:
     return jax.lax.pmean(updates, axis_name), state
 
   return optax.GradientTransformationExtraArgs(
-      lambda params: optax.EmptyState(), update_fn
+    lambda params: optax.EmptyState(), update_fn
   )
 
 
 def m_sharpness(
-    inner: optax.GradientTransformation, num_groups: int
+  inner: optax.GradientTransformation, num_groups: int
 ) -> optax.GradientTransformationExtraArgs:
   r"""Runs a method on each group of m examples by itself and averages the results.
 
@@ -84,7 +84,7 @@ def m_sharpness(
   inner = optax.with_extra_args_support(inner)
 
   def update_fn(
-      updates, state, params=None, *, grad_fn=None, value_and_grad_fn=None, **extra_args
+    updates, state, params=None, *, grad_fn=None, value_and_grad_fn=None, **extra_args
   ):
     del updates
 
@@ -93,8 +93,8 @@ def m_sharpness(
         return function and (lambda at: function(at, group))
 
       functions = {
-          'grad_fn': at_group(grad_fn),
-          'value_and_grad_fn': at_group(value_and_grad_fn),
+        'grad_fn': at_group(grad_fn),
+        'value_and_grad_fn': at_group(value_and_grad_fn),
       }
       _, grads = ascent.gradient_function(params, **functions)(params)
       return inner.update(grads, state, params, **functions, **extra_args)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import optax
@@ -11,7 +11,7 @@ from sam_jax import ascent, perturbations
 
 
 class SamState(NamedTuple):
-  """State of `sam`: the record of `sam_jax.ascent.Record`, and the perturbation's own."""
+  """State of `sam`: `sam_jax.ascent.Record`, and the state of the perturbation."""
 
   count: jax.Array
   rho: jax.Array
@@ -21,10 +21,11 @@ class SamState(NamedTuple):
 
 
 def sam(
-    rho: ascent.ScalarOrSchedule = 0.05,
-    *,
-    perturbation: optax.GradientTransformation | None = None,
-    axis_name: str | None = None,
+  rho: ascent.ScalarOrSchedule = 0.05,
+  *,
+  perturbation: optax.GradientTransformation | None = None,
+  num_ascent_steps: int = 1,
+  axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Replaces the gradient at w by the gradient at w + eps-hat.
 
@@ -43,17 +44,21 @@ def sam(
       cost of the base optimizer; a traced 0 selects them.
     perturbation: gradient in, eps-hat at unit radius out; `perturbations.global_norm`
       unless given. It receives the extra arguments too.
-    axis_name: the mapped axis under `jax.pmap` or `jax.vmap`. Only the recorded norm and
-      loss are averaged over it, so that the state is the same on every replica; each
-      replica still perturbs on its own batch (m-sharpness). For one common perturbation
-      put `cross_replica_mean` before this; put one after it always.
+    num_ascent_steps: K; with more than one the perturbation is built up in K steps of
+      radius rho / K, each along the gradient at the point reached. Costs K + 1
+      gradients.
+    axis_name: the mapped axis under `jax.pmap` or `jax.vmap`. Only the recorded norm
+      and loss are averaged over it, so that the state is the same on every replica;
+      each replica still perturbs on its own batch (m-sharpness). For one common
+      perturbation put `cross_replica_mean` before this; put one after it always.
 
   Returns:
     A transformation whose state holds ``count``, ``rho``, ``gradient_norm`` and
     ``perturbed_loss`` (see `sam_jax.ascent.Record`).
 
   Raises:
-    ValueError: rho < 0; ``update`` without params or without exactly one function.
+    ValueError: rho < 0 or num_ascent_steps < 1; ``update`` without params or without
+      exactly one function.
     TypeError: the function's result has another tree than params.
 
   >>> import jax, jax.numpy as jnp, optax, sam_jax
@@ -78,6 +83,8 @@ def sam(
     Generalization, 2021, algorithm 1 (arXiv:2010.01412).
   """
   ascent.check_rho(rho)
+  if num_ascent_steps < 1:
+    raise ValueError(f'num_ascent_steps must be at least 1, got {num_ascent_steps}.')
   if perturbation is None:
     perturbation = perturbations.global_norm()
   perturbation = optax.with_extra_args_support(perturbation)
@@ -87,44 +94,45 @@ def sam(
     return SamState(*ascent.init_record(params), inner)
 
   def update_fn(
-      updates, state, params=None, *, grad_fn=None, value_and_grad_fn=None, **extra_args
+    updates, state, params=None, *, grad_fn=None, value_and_grad_fn=None, **extra_args
   ):
     evaluate = ascent.gradient_function(params, grad_fn, value_and_grad_fn)
     if ascent.is_off(rho):
-      record = ascent.next_record(
-          state, rho=0.0, updates=updates, axis_name=axis_name
-      )
+      record = ascent.next_record(state, rho=0.0, updates=updates, axis_name=axis_name)
       return updates, SamState(*record, state.perturbation)
     radius = ascent.resolve(rho, state.count)
-    direction, inner = perturbation.update(
-        perturbations.at_least_float32(updates),
-        state.perturbation,
+    point, grads, inner = params, updates, state.perturbation
+    for _ in range(num_ascent_steps):
+      direction, inner = perturbation.update(
+        perturbations.at_least_float32(grads),
+        inner,
         perturbations.at_least_float32(params),
         **extra_args,
-    )
-    eps = perturbations.scale_tree(direction, radius)
-    perturbed_loss, perturbed_grads = evaluate(ascent.perturb(params, eps))
+      )
+      eps = perturbations.scale_tree(direction, radius / num_ascent_steps)
+      point = ascent.perturb(point, eps)
+      perturbed_loss, grads = evaluate(point)
     record = ascent.next_record(
-        state,
-        rho=radius,
-        updates=updates,
-        perturbed_loss=perturbed_loss,
-        axis_name=axis_name,
+      state,
+      rho=radius,
+      updates=updates,
+      perturbed_loss=perturbed_loss,
+      axis_name=axis_name,
     )
     return (
-        ascent.where_on(radius, perturbed_grads, updates),
-        SamState(*record, inner),
+      ascent.where_on(radius, grads, updates),
+      SamState(*record, inner),
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def asam(
-    rho: ascent.ScalarOrSchedule = 0.5,
-    eta: float = 0.01,
-    *,
-    weights: perturbations.WeightsMask = None,
-    axis_name: str | None = None,
+  rho: ascent.ScalarOrSchedule = 0.5,
+  eta: float = 0.01,
+  *,
+  weights: perturbations.WeightsMask = None,
+  axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adaptive SAM: the radius of each weight is proportional to its size.
 
@@ -164,7 +172,7 @@ def asam(
 
 
 def usam(
-    rho: ascent.ScalarOrSchedule = 0.05, *, axis_name: str | None = None
+  rho: ascent.ScalarOrSchedule = 0.05, *, axis_name: str | None = None
 ) -> optax.GradientTransformationExtraArgs:
   r"""Unnormalised SAM: the perturbation shrinks with the gradient.
 

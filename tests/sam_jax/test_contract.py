@@ -24,32 +24,88 @@ BATCH = 8
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One method: how to build it, and what sets it apart from the rest."""
+  """One method: how to build it, and what sets it apart from the rest.
+
+  Attributes:
+    make: ``(rho, axis_name=None) -> transformation``; for a method that wraps the base
+      chain ``(base, rho, axis_name=None)``.
+    arguments: what its gradient function takes besides params: '', 'group', 'indices'.
+    off_tolerance: 0 if rho = 0 is the base optimizer bit for bit.
+    needs_value: whether a plain grad_fn is refused.
+    needs_function: whether it takes a gradient of its own.
+    sampled: whether it draws random numbers, which differ between dtypes.
+  """
 
   name: str
-  make: Callable  # (rho, axis_name=None) -> transformation
-  grouped: bool = False  # grad_fn(params, group), incoming updates ignored
-  off_tolerance: float = 0.0  # 0: rho = 0 is the base optimizer bit for bit
+  make: Callable
+  arguments: str = ''
+  off_tolerance: float = 0.0
+  needs_value: bool = False
+  needs_function: bool = True
+  wraps_base: bool = False
+  sampled: bool = False
+
+
+def keyword(method, **options):
+  """A maker that hands rho, the axis and some options to a method."""
+  return lambda rho, axis_name=None: method(rho, axis_name=axis_name, **options)
 
 
 CASES = [
-    Case('sam', sam_jax.sam),
-    Case('asam', sam_jax.asam),
-    Case(
-        'asam_every_parameter',
-        lambda rho, axis_name=None: sam_jax.asam(
-            rho, 0.0, weights=True, axis_name=axis_name
-        ),
+  Case('sam', sam_jax.sam),
+  Case('sam_two_ascent_steps', keyword(sam_jax.sam, num_ascent_steps=2)),
+  Case('asam', sam_jax.asam),
+  Case('asam_every_parameter', keyword(sam_jax.asam, eta=0.0, weights=True)),
+  Case('usam', sam_jax.usam),
+  Case('gsam', sam_jax.gsam),
+  Case('wsam', sam_jax.wsam),
+  Case(
+    'decoupled_wsam',
+    lambda base, rho, axis_name=None: sam_jax.decoupled_wsam(
+      base, 0.1, rho, axis_name=axis_name
     ),
-    Case('usam', sam_jax.usam),
-    Case(
-        'm_sharpness',
-        lambda rho, axis_name=None: sam_jax.m_sharpness(
-            sam_jax.sam(rho, axis_name=axis_name), GROUPS
-        ),
-        grouped=True,
-        off_tolerance=1e-6,
+    wraps_base=True,
+  ),
+  Case('looksam', keyword(sam_jax.looksam, every=2)),
+  Case('friendly_sam', sam_jax.friendly_sam),
+  Case(
+    'msam',
+    lambda base, rho, axis_name=None: sam_jax.msam(base, rho, axis_name=axis_name),
+    wraps_base=True,
+    needs_function=False,
+  ),
+  Case('esam', sam_jax.esam, arguments='indices', sampled=True),
+  Case('graphsam', keyword(sam_jax.graphsam, steps_per_epoch=2, gamma=1.0)),
+  Case('trace_sam', sam_jax.trace_sam, needs_value=True, sampled=True),
+  Case(
+    'frob_sam',
+    keyword(sam_jax.frob_sam, antithetic=True),
+    needs_value=True,
+    sampled=True,
+  ),
+  Case('det_sam', sam_jax.det_sam, needs_value=True, sampled=True),
+  Case(
+    'periodic',
+    lambda rho, axis_name=None: sam_jax.periodic(
+      sam_jax.sam(rho, axis_name=axis_name), every=2, axis_name=axis_name
     ),
+  ),
+  Case(
+    'm_sharpness',
+    lambda rho, axis_name=None: sam_jax.m_sharpness(
+      sam_jax.sam(rho, axis_name=axis_name), GROUPS
+    ),
+    arguments='group',
+    off_tolerance=1e-6,
+  ),
+  Case(
+    'm_sharpness_of_looksam',
+    lambda rho, axis_name=None: sam_jax.m_sharpness(
+      sam_jax.looksam(rho, every=2, axis_name=axis_name), GROUPS
+    ),
+    arguments='group',
+    off_tolerance=1e-6,
+  ),
 ]
 
 each_method = pytest.mark.parametrize('case', CASES, ids=lambda c: c.name)
@@ -58,48 +114,63 @@ each_method = pytest.mark.parametrize('case', CASES, ids=lambda c: c.name)
 def init_params(dtype=jnp.float32):
   keys = jax.random.split(jax.random.key(0), 2)
   return {
-      'hidden': {
-          'kernel': 0.5 * jax.random.normal(keys[0], (3, 4), dtype),
-          'bias': jnp.full((4,), 0.1, dtype),
-      },
-      'out': {'kernel': 0.5 * jax.random.normal(keys[1], (4, 1), dtype)},
+    'hidden': {
+      'kernel': 0.5 * jax.random.normal(keys[0], (3, 4), dtype),
+      'bias': jnp.full((4,), 0.1, dtype),
+    },
+    'out': {'kernel': 0.5 * jax.random.normal(keys[1], (4, 1), dtype)},
   }
 
 
 def example_batch(dtype=jnp.float32, size=BATCH):
   keys = jax.random.split(jax.random.key(1), 2)
   x = jax.random.normal(keys[0], (size, 3), dtype)
-  return {'x': x, 'y': jnp.sin(x.sum(-1, keepdims=True))}
+  y = jnp.sin(x.sum(-1, keepdims=True))
+  return {'x': x, 'y': y, 'weight': jnp.ones((size, 1), dtype)}
 
 
 def loss_fn(params, batch):
-  hidden = jnp.tanh(batch['x'] @ params['hidden']['kernel'] + params['hidden']['bias'][None])
-  return jnp.mean((hidden @ params['out']['kernel'] - batch['y']) ** 2)
+  hidden = params['hidden']
+  hidden = jnp.tanh(batch['x'] @ hidden['kernel'] + hidden['bias'][None])
+  errors = (hidden @ params['out']['kernel'] - batch['y']) ** 2
+  return jnp.mean(batch['weight'] * errors)
 
 
-def functions(case, batch, kind='value_and_grad_fn'):
+def functions(case, batch, kind='value_and_grad_fn', loss=None):
   """The extra arguments of ``tx.update`` for one batch."""
+  loss = loss_fn if loss is None else loss
   take = jax.value_and_grad if kind == 'value_and_grad_fn' else jax.grad
-  if not case.grouped:
-    return {kind: lambda params: take(loss_fn)(params, batch)}
   groups = jax.tree.map(lambda x: x.reshape(GROUPS, -1, *x.shape[1:]), batch)
+  rows = {
+    '': lambda: batch,
+    'group': lambda group: jax.tree.map(lambda x: x[group], groups),
+    'indices': lambda indices: jax.tree.map(lambda x: x[indices], batch),
+  }[case.arguments]
+  arguments = {kind: lambda params, *which: take(loss)(params, rows(*which))}
+  if case.arguments == 'indices':
+    each = lambda params, x: loss(params, jax.tree.map(lambda leaf: leaf[None], x))
+    arguments['example_losses_fn'] = lambda params: jax.vmap(each, (None, 0))(
+      params, batch
+    )
+  return arguments
 
-  def of_group(params, group):
-    return take(loss_fn)(params, jax.tree.map(lambda x: x[group], groups))
 
-  return {kind: of_group}
+BASE = optax.sgd(0.1, momentum=0.9)
 
 
-def chain(case, rho=RHO, axis_name=None, base=None):
-  steps = [case.make(rho, axis_name=axis_name)]
-  if axis_name is not None:
-    steps.append(sam_jax.cross_replica_mean(axis_name))
-  return optax.chain(*steps, optax.sgd(0.1, momentum=0.9) if base is None else base)
+def chain(case, rho=RHO, axis_name=None):
+  mean = [] if axis_name is None else [sam_jax.cross_replica_mean(axis_name)]
+  if case.wraps_base:
+    return case.make(optax.chain(*mean, BASE), rho, axis_name=axis_name)
+  return optax.chain(case.make(rho, axis_name=axis_name), *mean, BASE)
 
 
 def train_step(case, tx, params, opt_state, batch):
-  grads = jax.grad(loss_fn)(params, batch)
-  updates, opt_state = tx.update(grads, opt_state, params, **functions(case, batch))
+  point = sam_jax.gradient_point(opt_state, params)
+  grads = jax.grad(loss_fn)(point, batch)
+  updates, opt_state = tx.update(
+    grads, opt_state, params, **functions(case, batch), unknown='ignored'
+  )
   return optax.apply_updates(params, updates), opt_state
 
 
@@ -115,26 +186,28 @@ def compiled_step(case, rho=RHO):
   return tx, step, params, opt_state
 
 
+def as_numpy(x):
+  is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+  return np.asarray(jax.random.key_data(x) if is_key else x, np.float64)
+
+
 def assert_trees_equal(a, b, rtol=0.0, atol=0.0):
   assert jax.tree.structure(a) == jax.tree.structure(b)
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-    np.testing.assert_allclose(
-        np.asarray(x, np.float64), np.asarray(y, np.float64), rtol=rtol, atol=atol
-    )
+    np.testing.assert_allclose(as_numpy(x), as_numpy(y), rtol=rtol, atol=atol)
 
 
 def spec(tree):
-  return jax.tree.map(lambda x: (jnp.shape(x), jnp.asarray(x).dtype), tree)
+  return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 
 @each_method
 def test_jit_equals_eager(case):
-  tx, _, params, opt_state = compiled_step(case)
-  p, s = init_params(), tx.init(init_params())
-  for _ in range(3):
-    p, s = train_step(case, tx, p, s, example_batch())
-  assert_trees_equal(p, params, rtol=1e-5, atol=1e-6)
-  assert_trees_equal(s, opt_state, rtol=1e-5, atol=1e-6)
+  tx, step, _, _ = compiled_step(case)
+  start = init_params()
+  eager = train_step(case, tx, start, tx.init(start), example_batch())
+  jitted = step(start, tx.init(start), example_batch())
+  assert_trees_equal(eager, jitted, rtol=1e-5, atol=1e-6)
 
 
 @each_method
@@ -150,7 +223,8 @@ def test_state_is_stable_and_recorded(case):
   assert optax.tree.get(opt_state, 'count') == 3
   np.testing.assert_allclose(optax.tree.get(opt_state, 'rho'), RHO, rtol=1e-6)
   assert optax.tree.get(opt_state, 'gradient_norm') > 0
-  assert optax.tree.get(opt_state, 'perturbed_loss') > 0
+  if case.needs_function:
+    assert optax.tree.get(opt_state, 'perturbed_loss') > 0
 
 
 @each_method
@@ -162,7 +236,8 @@ def test_init_on_shapes(case):
   real = tx.init(params)
   assert jax.tree.structure(abstract) == jax.tree.structure(real)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == spec(real)
-  case.make(RHO).init(shapes)  # without tracing too
+  if not case.wraps_base:
+    case.make(RHO).init(shapes)  # without tracing too
 
 
 @each_method
@@ -170,29 +245,32 @@ def test_plain_grad_fn_gives_the_same_updates(case):
   tx, batch, params = chain(case), example_batch(), init_params()
   grads = jax.grad(loss_fn)(params, batch)
 
-  @functools.partial(jax.jit, static_argnums=0)
-  def update(kind):
-    return tx.update(grads, tx.init(params), params, **functions(case, batch, kind))
+  @jax.jit
+  def step(grads, params, state):
+    updates, state = tx.update(
+      grads, state, params, **functions(case, batch, 'grad_fn')
+    )
+    return optax.apply_updates(params, updates), state
 
-  with_value, _ = update('value_and_grad_fn')
-  plain, state = update('grad_fn')
-  assert_trees_equal(plain, with_value, rtol=1e-6, atol=1e-7)
+  if case.needs_value:
+    with pytest.raises(ValueError, match='value_and_grad_fn'):
+      step(grads, params, tx.init(params))
+    return
+  plain, state = step(grads, params, tx.init(params))
+  with_value, _ = compiled_step(case)[1](params, tx.init(params), batch)
+  assert_trees_equal(plain, with_value, rtol=1e-5, atol=1e-6)
   assert optax.tree.get(state, 'perturbed_loss') == 0
-
-
-@each_method
-def test_unknown_extra_arguments_are_accepted(case):
-  tx, params, batch = chain(case), init_params(), example_batch()
-  grads = jax.grad(loss_fn)(params, batch)
-  tx.update(grads, tx.init(params), params, **functions(case, batch), value=1.0, foo='x')
 
 
 @each_method
 def test_exactly_one_function_is_required(case):
   tx, params, batch = chain(case), init_params(), example_batch()
   grads = jax.grad(loss_fn)(params, batch)
+  if not case.needs_function:
+    return
   both = functions(case, batch) | functions(case, batch, 'grad_fn')
-  for given in ({}, both):
+  rest = {k: v for k, v in both.items() if not k.endswith('grad_fn')}
+  for given in (rest, both):
     with pytest.raises(ValueError, match='exactly one of grad_fn'):
       tx.update(grads, tx.init(params), params, **given)
 
@@ -201,24 +279,28 @@ def test_exactly_one_function_is_required(case):
 def test_another_tree_is_a_type_error(case):
   tx, params, batch = chain(case), init_params(), example_batch()
   grads = jax.grad(loss_fn)(params, batch)
+  given = functions(case, batch)
+  proper = given['value_and_grad_fn']
 
-  def with_aux(params, *group):
-    del group
-    return jax.grad(loss_fn)(params, batch), {'accuracy': 1.0}
+  def with_aux(params, *which):
+    value, grads = proper(params, *which)
+    return value, (grads, {'accuracy': 1.0})
 
-  with pytest.raises((TypeError, ValueError), match='tree structure'):
-    tx.update(grads, tx.init(params), params, grad_fn=with_aux)
+  if case.needs_function:
+    with pytest.raises(TypeError, match='tree structure'):
+      tx.update(
+        grads, tx.init(params), params, **given | {'value_and_grad_fn': with_aux}
+      )
 
 
 @each_method
 def test_python_zero_is_the_base_optimizer(case):
-  base = optax.sgd(0.1, momentum=0.9)
   _, _, params, _ = compiled_step(case, rho=0.0)
-  expected, state = init_params(), base.init(init_params())
+  expected, state = init_params(), BASE.init(init_params())
 
   @jax.jit
   def step(params, state, batch):
-    updates, state = base.update(jax.grad(loss_fn)(params, batch), state)
+    updates, state = BASE.update(jax.grad(loss_fn)(params, batch), state)
     return optax.apply_updates(params, updates), state
 
   for _ in range(3):
@@ -235,28 +317,28 @@ def test_traced_rho_selects_and_vmaps(case):
 
   @jax.jit
   def update(rho):
-    tx = case.make(rho)
+    tx = chain(case, rho)
     return tx.update(grads, tx.init(params), params, **functions(case, batch))[0]
 
-  rhos = jnp.array([0.0, 0.05, RHO])
-  mapped = jax.jit(jax.vmap(update))(rhos)
-  for i, rho in enumerate(rhos):
-    assert_trees_equal(
-        jax.tree.map(lambda x, i=i: x[i], mapped), update(rho), rtol=1e-5, atol=1e-6
-    )
-  if case.off_tolerance == 0:
-    assert_trees_equal(update(jnp.float32(0)), grads)
+  mapped = jax.vmap(update)(jnp.array([0.0, RHO]))
+  off, on = (jax.tree.map(lambda x, i=i: x[i], mapped) for i in (0, 1))
+  tolerance = case.off_tolerance
+  base = BASE.update(grads, BASE.init(params))[0]
+  assert_trees_equal(off, base, rtol=tolerance, atol=tolerance)
+  after, _ = compiled_step(case)[1](params, chain(case).init(params), batch)
+  moved = jax.tree.map(jnp.subtract, after, params)
+  assert_trees_equal(on, moved, rtol=1e-3, atol=1e-5)
 
 
 @each_method
 def test_injected_schedule(case):
   """inject_hyperparams and a schedule in rho itself run the same radii."""
   schedule = optax.linear_schedule(0.0, RHO, 4)
-  injected = optax.inject_hyperparams(lambda rho: case.make(rho))(rho=schedule)
+  injected = optax.inject_hyperparams(lambda rho: chain(case, rho))(rho=schedule)
   params, batch = init_params(), example_batch()
   grads = jax.grad(loss_fn)(params, batch)
   trails = []
-  for tx in (injected, case.make(schedule)):
+  for tx in (injected, chain(case, schedule)):
 
     @jax.jit
     def update(state, tx=tx):
@@ -268,21 +350,21 @@ def test_injected_schedule(case):
       trail.append(updates)
     trails.append(trail)
   assert_trees_equal(trails[0], trails[1], rtol=1e-6, atol=1e-7)
-  np.testing.assert_allclose(optax.tree.get(state, 'rho'), RHO / 2, rtol=1e-6)
+  if not hasattr(state, 'next_rho'):
+    np.testing.assert_allclose(optax.tree.get(state, 'rho'), RHO / 2, rtol=1e-6)
 
 
 @each_method
 def test_zero_gradient_is_finite(case):
   params, batch = init_params(), example_batch()
-  flat = {'grad_fn': lambda params, *group: jax.tree.map(jnp.zeros_like, params)}
-  tx = case.make(RHO)
+  flat = batch | {'weight': jnp.zeros_like(batch['weight'])}
+  tx, step, _, _ = compiled_step(case)
   with jax.debug_nans(True):
-    updates, state = jax.jit(
-        lambda p: tx.update(jax.tree.map(jnp.zeros_like, p), tx.init(p), p, **flat)
-    )(params)
-    train_step(case, tx, params, tx.init(params), batch)
-  assert all(not np.any(x) for x in jax.tree.leaves(updates))
-  assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state))
+    after, state = step(params, tx.init(params), flat)
+    after, state = step(after, state, flat)
+    step(params, tx.init(params), batch)
+  assert_trees_equal(after, params)
+  assert all(np.all(np.isfinite(as_numpy(x))) for x in jax.tree.leaves(state))
 
 
 @each_method
@@ -292,19 +374,20 @@ def test_bfloat16(case):
   batch = example_batch(jnp.bfloat16)
   seen = []
 
-  def spy(params, *group):
-    del group
+  def spy(params, batch):
     seen.append({x.dtype for x in jax.tree.leaves(params)})
-    return jax.tree.map(
-        lambda g, p: g.astype(p.dtype), jax.grad(loss_fn)(params, batch), params
-    )
+    return loss_fn(params, batch).astype(jnp.float32)
 
   tx = chain(case)
-  updates, state = tx.update(
-      jax.grad(loss_fn)(params, batch), tx.init(params), params, grad_fn=spy
-  )
+  grads = jax.grad(loss_fn)(params, batch)
+  update = lambda g, s, p: tx.update(g, s, p, **functions(case, batch, loss=spy))
+  updates, state = jax.jit(update)(grads, tx.init(params), params)
+  if not case.needs_function:
+    seen.append(
+      {x.dtype for x in jax.tree.leaves(sam_jax.gradient_point(state, params))}
+    )
   assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
-  assert seen[-1] == {jnp.dtype(jnp.float32)}
+  assert {jnp.dtype(jnp.float32)} in seen
   assert spec(state) == spec(tx.init(params))
   assert optax.tree.get(state, 'gradient_norm').dtype == jnp.float32
 
@@ -313,8 +396,9 @@ def test_bfloat16(case):
 def test_float64_agrees_with_float32(case):
   _, _, params32, _ = compiled_step(case)
   with jax.enable_x64(True):
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), init_params(jnp.float32))
-    batch = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), example_batch(jnp.float32))
+    widen = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)
+    params = widen(init_params(jnp.float32))
+    batch = widen(example_batch(jnp.float32))
     tx = chain(case)
     state = tx.init(params)
     step = jax.jit(functools.partial(train_step, case, tx))
@@ -322,7 +406,8 @@ def test_float64_agrees_with_float32(case):
       params, state = step(params, state, batch)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.float64)}
     assert optax.tree.get(state, 'gradient_norm').dtype == jnp.float64
-    assert_trees_equal(params, params32, rtol=1e-4, atol=1e-5)
+    if not case.sampled:
+      assert_trees_equal(params, params32, rtol=1e-4, atol=1e-5)
 
 
 @each_method
@@ -341,7 +426,7 @@ def test_replicas_stay_identical(case):
     on_devices = pmapped(*on_devices, shards)
     on_one = vmapped(*on_one, shards)
   for leaf in jax.tree.leaves(on_devices):
-    np.testing.assert_array_equal(leaf[0], leaf[1])
+    np.testing.assert_array_equal(as_numpy(leaf)[0], as_numpy(leaf)[1])
   assert_trees_equal(on_devices, on_one, rtol=1e-4, atol=1e-5)
 
 
@@ -350,10 +435,10 @@ def test_named_sharding(case):
   """Plain jit over a mesh, batch and kernel sharded, equals one device."""
   _, step, params, _ = compiled_step(case)
   mesh = jax.make_mesh(
-      (2, 2), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    (2, 2), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2
   )
   put = lambda x, *axes: jax.device_put(
-      x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+    x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
   )
   batch = jax.tree.map(lambda x: put(x, 'data'), example_batch())
   sharded = jax.tree.map(put, init_params())
@@ -375,7 +460,7 @@ def test_checkpoint_round_trip(case, tmp_path):
     checkpointer.wait_until_finished()
     restored = checkpointer.restore(tmp_path / 'state', (params, opt_state))
   assert_trees_equal(
-      step(*restored, example_batch()), step(params, opt_state, example_batch())
+    step(*restored, example_batch()), step(params, opt_state, example_batch())
   )
 
 
@@ -384,16 +469,21 @@ def test_passes_through_wrappers(case):
   """chain, named_chain, apply_if_finite and conditionally_transform change nothing."""
   params, batch = init_params(), example_batch()
   grads = jax.grad(loss_fn)(params, batch)
-  method = case.make(RHO)
-  expected, _ = method.update(
-      grads, method.init(params), params, **functions(case, batch)
+  method = chain(case)
+  expected, _ = compiled_step(case)[1](params, method.init(params), batch)
+  wrappers = (
+    optax.named_chain(('method', method)),
+    optax.apply_if_finite(method, 3),
+    optax.transforms.conditionally_transform(method, lambda step, **kw: step >= 0),
   )
-  for wrapped in (
-      optax.named_chain(('method', method)),
-      optax.apply_if_finite(method, 3),
-      optax.transforms.conditionally_transform(method, lambda step, **kw: step >= 0),
-  ):
-    updates, _ = wrapped.update(
-        grads, wrapped.init(params), params, **functions(case, batch)
-    )
-    assert_trees_equal(updates, expected, rtol=1e-6, atol=1e-7)
+
+  @jax.jit
+  def update(grads, params):
+    arguments = functions(case, batch)
+    return [
+      tx.update(grads, tx.init(params), params, **arguments)[0] for tx in wrappers
+    ]
+
+  for updates in update(grads, params):
+    moved = optax.apply_updates(params, updates)
+    assert_trees_equal(moved, expected, rtol=1e-5, atol=1e-6)

@@ -41,16 +41,16 @@ def test_adaptive_has_unit_norm_in_its_own_metric(a, b, weights, eta):
   """|T^-1 eps| = 1 with T = |w| + eta on weights and 1 elsewhere."""
   rng = np.random.default_rng(0)
   params = {
-      'a': rng.uniform(0.5, 2, a.shape).astype(np.float32),
-      'b': -rng.uniform(0.5, 2, b.shape).astype(np.float32),
+    'a': rng.uniform(0.5, 2, a.shape).astype(np.float32),
+    'b': -rng.uniform(0.5, 2, b.shape).astype(np.float32),
   }
   grads = {'a': a, 'b': b}
   perturbation = perturbations.adaptive(eta, weights=weights)
   eps = flat(eps_hat(perturbation, grads, params))
   ones = np.ones(b.size)
   scale = {
-      None: np.concatenate([np.abs(params['a']).ravel() + eta, ones]),
-      True: np.abs(flat(params)) + eta,
+    None: np.concatenate([np.abs(params['a']).ravel() + eta, ones]),
+    True: np.abs(flat(params)) + eta,
   }[weights]
   g = flat(grads)
   if not g.any():
@@ -58,7 +58,7 @@ def test_adaptive_has_unit_norm_in_its_own_metric(a, b, weights, eta):
   else:
     np.testing.assert_allclose(np.linalg.norm(eps / scale), 1, rtol=1e-5)
     np.testing.assert_allclose(
-        eps, scale**2 * g / np.linalg.norm(scale * g), rtol=1e-4, atol=1e-6
+      eps, scale**2 * g / np.linalg.norm(scale * g), rtol=1e-4, atol=1e-6
     )
 
 
@@ -76,11 +76,11 @@ def test_the_every_parameter_rule_is_invariant_to_rescaling():
 
   adaptive = perturbations.adaptive(0.0, weights=True)
   np.testing.assert_allclose(
-      perturbed_loss(adaptive, params), perturbed_loss(adaptive, rescaled), rtol=1e-5
+    perturbed_loss(adaptive, params), perturbed_loss(adaptive, rescaled), rtol=1e-5
   )
   plain = perturbations.global_norm()
   assert not np.isclose(
-      perturbed_loss(plain, params), perturbed_loss(plain, rescaled), rtol=1e-2
+    perturbed_loss(plain, params), perturbed_loss(plain, rescaled), rtol=1e-2
   )
 
 
@@ -88,7 +88,7 @@ def test_frozen_leaves_are_not_perturbed_and_leave_the_norm():
   grads = {'a': jnp.array([3.0, 4.0]), 'b': jnp.array([12.0])}
   params = jax.tree.map(jnp.ones_like, grads)
   perturbation = optax.selective_transform(
-      perturbations.global_norm(), freeze_mask={'a': False, 'b': True}
+    perturbations.global_norm(), freeze_mask={'a': False, 'b': True}
   )
   eps = eps_hat(perturbation, grads, params)
   np.testing.assert_allclose(eps['a'], [0.6, 0.8], rtol=1e-6)
@@ -105,11 +105,11 @@ def test_groups_have_their_own_norm_and_radius():
   grads = {'a': jnp.array([3.0, 4.0]), 'b': jnp.array([12.0, 5.0])}
   params = jax.tree.map(jnp.ones_like, grads)
   perturbation = optax.multi_transform(
-      {
-          'one': perturbations.global_norm(),
-          'ten': optax.chain(perturbations.global_norm(), optax.scale(10.0)),
-      },
-      {'a': 'one', 'b': 'ten'},
+    {
+      'one': perturbations.global_norm(),
+      'ten': optax.chain(perturbations.global_norm(), optax.scale(10.0)),
+    },
+    {'a': 'one', 'b': 'ten'},
   )
   eps = eps_hat(perturbation, grads, params)
   np.testing.assert_allclose(eps['a'], [0.6, 0.8], rtol=1e-6)
@@ -117,14 +117,14 @@ def test_groups_have_their_own_norm_and_radius():
   tx = sam_jax.sam(0.5, perturbation=perturbation)
   state = tx.init(params)
   _, after = jax.jit(lambda g, s, p: tx.update(g, s, p, grad_fn=lambda p: p))(
-      grads, state, params
+    grads, state, params
   )
   assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
 def test_a_schedule_composes_with_a_perturbation():
   perturbation = optax.chain(
-      perturbations.global_norm(), optax.scale_by_schedule(lambda count: 1.0 + count)
+    perturbations.global_norm(), optax.scale_by_schedule(lambda count: 1.0 + count)
   )
   grads = {'a': jnp.array([3.0, 4.0])}
   state = perturbation.init(grads)
@@ -186,5 +186,5 @@ def test_a_value_that_is_not_a_scalar_is_refused():
   tx, params = sam_jax.sam(0.5), {'w': jnp.ones((2, 2))}
   with pytest.raises(TypeError, match='scalar'):
     tx.update(
-        params, tx.init(params), params, value_and_grad_fn=lambda p: (jnp.ones(3), p)
+      params, tx.init(params), params, value_and_grad_fn=lambda p: (jnp.ones(3), p)
     )

@@ -19,8 +19,9 @@ def _surface(scale):
 
 
 def test_densities_share_their_axes(tmp_path):
-  figure = plotting.spectral_density({'sgd': _density(20, 2), 'sam': _density(5, 1)},
-                                     title='two runs')
+  figure = plotting.spectral_density(
+    {'sgd': _density(20, 2), 'sam': _density(5, 1)}, title='two runs'
+  )
   first, second = figure.axes
   assert first.get_xlim() == second.get_xlim()
   assert first.get_ylim() == second.get_ylim()

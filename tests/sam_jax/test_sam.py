@@ -16,7 +16,6 @@ RHO, LEARNING_RATE = 0.05, 0.1
 
 
 class BatchNormNet(nn.Module):
-
   @nn.compact
   def __call__(self, x, train):
     x = nn.Dense(8)(x)
@@ -35,10 +34,10 @@ def problem():
 
   def loss_fn(params, stats, batch):
     logits, new = model.apply(
-        {'params': params, 'batch_stats': stats},
-        batch[0],
-        train=True,
-        mutable=['batch_stats'],
+      {'params': params, 'batch_stats': stats},
+      batch[0],
+      train=True,
+      mutable=['batch_stats'],
     )
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
     return loss, new['batch_stats']
@@ -74,19 +73,17 @@ def assert_close(a, b, tolerance=1e-6):
 def test_agrees_with_optax_contrib_over_20_steps_of_a_batch_norm_network():
   params, stats, _, loss_fn = problem()
   tx = optax.contrib.sam(
-      optax.sgd(LEARNING_RATE, momentum=0.9),
-      optax.chain(optax.contrib.normalize(), optax.sgd(RHO)),
-      sync_period=2,
-      opaque_mode=True,
+    optax.sgd(LEARNING_RATE, momentum=0.9),
+    optax.chain(optax.contrib.normalize(), optax.sgd(RHO)),
+    sync_period=2,
+    opaque_mode=True,
   )
 
   def step(carry, batch):
     params, stats, state = carry
     grad_fn = lambda p: jax.grad(loss_fn, has_aux=True)(p, stats, batch)
     grads, new_stats = grad_fn(params)
-    updates, state = tx.update(
-        grads, state, params, grad_fn=lambda p, _: grad_fn(p)[0]
-    )
+    updates, state = tx.update(grads, state, params, grad_fn=lambda p, _: grad_fn(p)[0])
     return (optax.apply_updates(params, updates), new_stats, state), None
 
   theirs = run(step, (params, stats, tx.init(params)))
@@ -143,14 +140,14 @@ def numpy_eps(kind, w, g, rho):
 
 
 @pytest.mark.parametrize(
-    ('kind', 'make'),
-    [
-        ('sam', sam_jax.sam),
-        ('usam', sam_jax.usam),
-        ('asam', sam_jax.asam),
-        ('asam_all', lambda rho: sam_jax.asam(rho, 0.0, weights=True)),
-        ('m_sharpness', lambda rho: sam_jax.m_sharpness(sam_jax.sam(rho), 3)),
-    ],
+  ('kind', 'make'),
+  [
+    ('sam', sam_jax.sam),
+    ('usam', sam_jax.usam),
+    ('asam', sam_jax.asam),
+    ('asam_all', lambda rho: sam_jax.asam(rho, 0.0, weights=True)),
+    ('m_sharpness', lambda rho: sam_jax.m_sharpness(sam_jax.sam(rho), 3)),
+  ],
 )
 def test_agrees_with_straight_line_numpy_over_25_steps(kind, make):
   rho, rate = 0.1, 0.2
@@ -222,7 +219,7 @@ def test_the_loss_of_the_ascent_point_is_recorded():
   tx = sam_jax.sam(1.0)
   grads = jax.grad(loss)(params)
   _, state = tx.update(
-      grads, tx.init(params), params, value_and_grad_fn=jax.value_and_grad(loss)
+    grads, tx.init(params), params, value_and_grad_fn=jax.value_and_grad(loss)
   )
   np.testing.assert_allclose(state.perturbed_loss, 36.0, rtol=1e-6)
   np.testing.assert_allclose(state.gradient_norm, 10.0, rtol=1e-6)

@@ -13,13 +13,13 @@ OURS = {
     'sam_jax', 'models', 'input_pipelines', 'training', 'tasks', 'train', 'eval_hessian'
 }  # fmt: skip
 MAY_IMPORT = {
-    'sam_jax': set(),
-    'models': set(),
-    'input_pipelines': set(),
-    'training': {'sam_jax'},
-    'tasks': {'sam_jax', 'models', 'input_pipelines', 'training'},
-    'train': OURS - {'eval_hessian'},
-    'eval_hessian': OURS - {'train'},
+  'sam_jax': set(),
+  'models': set(),
+  'input_pipelines': set(),
+  'training': {'sam_jax'},
+  'tasks': {'sam_jax', 'models', 'input_pipelines', 'training'},
+  'train': OURS - {'eval_hessian'},
+  'eval_hessian': OURS - {'train'},
 }
 
 
@@ -45,10 +45,10 @@ def imports(path):
 @pytest.mark.parametrize('part', sorted(MAY_IMPORT))
 def test_imports_go_one_way(part):
   wrong = [
-      f'{path.relative_to(ROOT)}:{line} imports {module}'
-      for path in files(part)
-      for line, module, _ in imports(path)
-      if module.split('.')[0] in OURS - MAY_IMPORT[part] - {part}
+    f'{path.relative_to(ROOT)}:{line} imports {module}'
+    for path in files(part)
+    for line, module, _ in imports(path)
+    if module.split('.')[0] in OURS - MAY_IMPORT[part] - {part}
   ]
   assert not wrong
 
@@ -56,11 +56,11 @@ def test_imports_go_one_way(part):
 def test_the_library_needs_only_jax_optax_and_numpy():
   allowed = set(sys.stdlib_module_names) | {'jax', 'optax', 'numpy', 'sam_jax'}
   wrong = [
-      f'{path.relative_to(ROOT)}:{line} imports {module}'
-      for path in files('sam_jax')
-      for line, module, top in imports(path)
-      if module.split('.')[0] not in allowed
-      and not (module.split('.')[0] == 'matplotlib' and not top)
+    f'{path.relative_to(ROOT)}:{line} imports {module}'
+    for path in files('sam_jax')
+    for line, module, top in imports(path)
+    if module.split('.')[0] not in allowed
+    and not (module.split('.')[0] == 'matplotlib' and not top)
   ]
   assert not wrong
 
@@ -78,11 +78,11 @@ def test_flags_are_read_in_the_two_scripts_only():
 
 def test_tensorflow_is_nowhere():
   wrong = [
-      f'{path.relative_to(ROOT)}:{line}'
-      for part in OURS
-      for path in files(part)
-      for line, module, _ in imports(path)
-      if module.split('.')[0] == 'tensorflow'
+    f'{path.relative_to(ROOT)}:{line}'
+    for part in OURS
+    for path in files(part)
+    for line, module, _ in imports(path)
+    if module.split('.')[0] == 'tensorflow'
   ]
   assert not wrong
 
@@ -92,7 +92,7 @@ def test_the_wheel_alone_imports_and_runs(tmp_path):
   """Built, installed in an empty environment, and one SAM step and one HVP taken."""
   pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check']
   subprocess.run(
-      [*pip, 'wheel', '--quiet', '--no-deps', '-w', tmp_path, ROOT], check=True
+    [*pip, 'wheel', '--quiet', '--no-deps', '-w', tmp_path, ROOT], check=True
   )
   (wheel,) = tmp_path.glob('sam_jax-*.whl')
   venv.create(tmp_path / 'env', with_pip=True)
@@ -110,6 +110,6 @@ assert sam_jax.hvp(loss, w, w).tolist() == [12.0, 12.0]
 print('runs')
 """
   done = subprocess.run(
-      [python, '-c', program], cwd=tmp_path, check=True, capture_output=True, text=True
+    [python, '-c', program], cwd=tmp_path, check=True, capture_output=True, text=True
   )
   assert done.stdout == 'runs\n'

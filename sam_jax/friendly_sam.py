@@ -1,0 +1,93 @@
+"""Friendly SAM: the ascent step along the batch's own noise."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sam_jax import ascent, perturbations
+from sam_jax.sam import sam
+
+
+class FriendlyState(NamedTuple):
+  """State of the perturbation of `friendly_sam`.
+
+  Attributes:
+    started: bool, whether an update has been made.
+    average: moving average of the gradients, in at least float32.
+  """
+
+  started: jax.Array
+  average: optax.Updates
+
+
+def friendly_sam(
+  rho: ascent.ScalarOrSchedule = 0.05,
+  sigma: float = 1.0,
+  decay: float = 0.9,
+  *,
+  axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Removes the full-batch direction, estimated by an average, from the perturbation.
+
+  .. math:: d_t = g_t - \sigma m_{t-1}, \qquad
+            \hat\epsilon = \rho \, d_t / \|d_t\|, \qquad
+            m_t = \lambda m_{t-1} + (1 - \lambda) g_t
+
+  The first update is plain SAM and sets :math:`m_0 = g_0`.
+
+  Args:
+    rho: as in `sam`.
+    sigma: share of the average that is removed; 0 is SAM.
+    decay: lambda of the average; the paper's runs have .6.
+    axis_name: the mapped axis: the average is taken over it too.
+
+  Returns:
+    A transformation with the state of `sam`; the average is in ``perturbation``.
+
+  Raises:
+    ValueError: decay outside [0, 1], and as `sam`.
+    TypeError: as `sam`.
+
+  >>> import jax, jax.numpy as jnp, optax, sam_jax
+  >>> loss = lambda w: jnp.sum(w ** 4)
+  >>> tx = optax.chain(sam_jax.friendly_sam(rho=0.05), optax.sgd(0.1))
+  >>> w = jnp.array([1.0, -1.0])
+  >>> opt_state = tx.init(w)
+  >>> updates, opt_state = tx.update(
+  ...     jax.grad(loss)(w), opt_state, w, grad_fn=jax.grad(loss))
+  >>> optax.tree.get(opt_state, 'average').tolist()
+  [4.0, -4.0]
+
+  References:
+    Li et al., Friendly Sharpness-Aware Minimization, 2024, algorithm 1
+    (arXiv:2403.12350).
+  """
+  if isinstance(decay, (int, float)) and not 0 <= decay <= 1:
+    raise ValueError(f'decay must be in [0, 1], got {decay}.')
+
+  def init_fn(params):
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, w.dtype), params)
+    return FriendlyState(jnp.zeros([], bool), zeros)
+
+  def update_fn(updates, state, params=None, **extra_args):
+    del params, extra_args
+    mean = updates if axis_name is None else jax.lax.pmean(updates, axis_name)
+
+    def after_first(later, first):
+      return jax.tree.map(lambda x, y: jnp.where(state.started, x, y), later, first)
+
+    direction = after_first(
+      jax.tree.map(lambda g, m: g - sigma * m, updates, state.average), updates
+    )
+    moved = jax.tree.map(lambda g, m: decay * m + (1 - decay) * g, mean, state.average)
+    average = after_first(moved, mean)
+    eps, _ = unit.update(direction, optax.EmptyState())
+    return eps, FriendlyState(jnp.ones([], bool), average)
+
+  unit = perturbations.global_norm()
+  perturbation = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return sam(rho, perturbation=perturbation, axis_name=axis_name)

@@ -1,0 +1,134 @@
+"""LookSAM: the ascent step every k updates only."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sam_jax import ascent, perturbations
+from sam_jax.sam import SamState, sam
+
+
+class LookSamState(NamedTuple):
+  """State of `looksam`: the record, the perturbation's state, and the direction g_v."""
+
+  count: jax.Array
+  rho: jax.Array
+  gradient_norm: jax.Array
+  perturbed_loss: jax.Array
+  perturbation: optax.OptState
+  direction: optax.Updates
+
+
+def looksam(
+  rho: ascent.ScalarOrSchedule = 0.05,
+  every: int = 5,
+  alpha: float = 0.7,
+  *,
+  perturbation: optax.GradientTransformation | None = None,
+  axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Takes the ascent step every k updates and reuses what it found in between.
+
+  On updates 0, k, 2k, ... the result is SAM's :math:`g_p`, and the part of it
+  orthogonal to the clean gradient is kept; on the others it is added back:
+
+  .. math:: g_v = g_p - \langle g_p, u \rangle u, \quad u = g / \|g\|; \qquad
+            d = g + \alpha \frac{\|g\|}{\|g_v\|} g_v
+
+  Cost: 1 + 1/k gradients an update. :math:`g_v` counts as zero where
+  :math:`\|g_v\| \le 100 \, \epsilon_{machine} \|g_p\|`: below that it is rounding
+  noise, which the rescaling would turn into a direction.
+
+  ``tx.update`` takes ``phase``: True for an update with the ascent step, False for one
+  without, None (the default) to decide by `jax.lax.cond` on the count. A Python bool
+  compiles the one branch only.
+
+  Args:
+    rho: as in `sam`.
+    every: k, the period in updates.
+    alpha: size of the reused part relative to the clean gradient.
+    perturbation: as in `sam`.
+    axis_name: the mapped axis: the direction kept in the state is averaged over it.
+
+  Returns:
+    A transformation; ``perturbed_loss`` keeps the value of the last ascent step.
+
+  Raises:
+    ValueError: every < 1, and as `sam`.
+    TypeError: as `sam`.
+
+  >>> import jax, jax.numpy as jnp, optax, sam_jax
+  >>> loss = lambda w: w[0] ** 2 + 2 * w[1] ** 2
+  >>> tx = optax.chain(sam_jax.looksam(rho=0.1, every=2), optax.sgd(0.1))
+  >>> w = jnp.array([1.0, 1.0])
+  >>> opt_state = tx.init(w)
+  >>> for phase in (True, False):
+  ...   updates, opt_state = tx.update(
+  ...       jax.grad(loss)(w), opt_state, w, grad_fn=jax.grad(loss), phase=phase)
+  >>> [round(float(x), 4) for x in updates]
+  [0.08, -0.54]
+
+  References:
+    Liu et al., Towards Efficient and Scalable Sharpness-Aware Minimization, 2022,
+    algorithm 1 (arXiv:2203.02714).
+  """
+  if every < 1:
+    raise ValueError(f'every must be at least 1, got {every}: 1 is SAM.')
+  ascend = sam(rho, perturbation=perturbation, axis_name=axis_name)
+
+  def init_fn(params):
+    state = ascend.init(params)
+    return LookSamState(*state, direction=jax.tree.map(jnp.zeros_like, params))
+
+  def update_fn(updates, state, params=None, *, phase=None, **extra_args):
+
+    def with_ascent():
+      perturbed, new = ascend.update(updates, _sam_state(state), params, **extra_args)
+      kept = _significant(ascent.reject(perturbed, updates), perturbed)
+      if axis_name is not None:
+        kept = jax.lax.pmean(kept, axis_name)
+      kept = optax.tree.cast_like(kept, state.direction)
+      return perturbed, LookSamState(*new, direction=kept)
+
+    def without_ascent():
+      factor = (
+        alpha
+        * perturbations.norm(updates)
+        * perturbations.safe_reciprocal(perturbations.norm(state.direction))
+      )
+      reused = jax.tree.map(
+        lambda g, v: (g + factor * v).astype(g.dtype), updates, state.direction
+      )
+      radius = ascent.resolve(rho, state.count)
+      record = ascent.next_record(
+        state,
+        rho=radius,
+        updates=updates,
+        perturbed_loss=state.perturbed_loss,
+        axis_name=axis_name,
+      )
+      rest = {'perturbation': state.perturbation, 'direction': state.direction}
+      return ascent.where_on(radius, reused, updates), LookSamState(*record, **rest)
+
+    if phase is None:
+      ascends = state.count % every == 0
+      return jax.lax.cond(ascends, with_ascent, without_ascent)
+    return with_ascent() if phase else without_ascent()
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _sam_state(state: LookSamState) -> SamState:
+  return SamState(*state[: len(SamState._fields)])
+
+
+def _significant(part: optax.Updates, whole: optax.Updates) -> optax.Updates:
+  """``part``, or zero where it is within rounding of ``whole``."""
+  dtypes = [x.dtype for x in jax.tree.leaves(whole)]
+  epsilon = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+  keep = perturbations.norm(part) > 100 * epsilon * perturbations.norm(whole)
+  return jax.tree.map(lambda x: jnp.where(keep, x, jnp.zeros_like(x)), part)

@@ -1,0 +1,142 @@
+"""Momentum SAM, and the point at which one-gradient methods take their gradient."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sam_jax import ascent, perturbations
+
+
+class MsamState(NamedTuple):
+  """State of `msam`: the record, the radius of the next gradient, the base's state.
+
+  Attributes:
+    next_rho: ``{name: rho}``, the momentum buffer's name and the next radius.
+    inner: state of the base chain, which holds the buffer.
+  """
+
+  count: jax.Array
+  rho: jax.Array
+  gradient_norm: jax.Array
+  perturbed_loss: jax.Array
+  next_rho: dict[str, jax.Array]
+  inner: optax.OptState
+
+  def gradient_point(self, params: optax.Params) -> optax.Params:
+    """``params - rho v / |v|``, in at least float32."""
+    ((momentum, rho),) = self.next_rho.items()
+    buffer = perturbations.at_least_float32(optax.tree.get(self.inner, momentum))
+    factor = -rho * perturbations.safe_reciprocal(perturbations.norm(buffer))
+    return ascent.perturb(params, perturbations.scale_tree(buffer, factor))
+
+
+def msam(
+  inner: optax.GradientTransformation,
+  rho: ascent.ScalarOrSchedule = 0.3,
+  *,
+  momentum: str = 'trace',
+  axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Perturbs along the momentum buffer, so that one gradient an update suffices.
+
+  .. math:: \hat\epsilon = -\rho \, v / \|v\|, \qquad
+            \text{updates} = \text{inner}(\nabla L(w + \hat\epsilon))
+
+  It wraps the base chain, because it reads its buffer v. The caller takes the gradient
+  at ``sam_jax.gradient_point(opt_state, params)``; evaluation uses ``params``
+  themselves, which stay unperturbed.
+
+  Args:
+    inner: the base chain with a momentum buffer, learning rate and all.
+    rho: radius: a number, a schedule or injected; 0 is the base optimizer.
+    momentum: name of the buffer in the state of ``inner``: ``'trace'`` for `optax.sgd`
+      with momentum, ``'mu'`` for `optax.adam` and its kin.
+    axis_name: as in `sam`; with `cross_replica_mean` in ``inner`` the buffer is the
+      same on all replicas.
+
+  Returns:
+    A transformation. ``tx.update`` needs no gradient function; a ``value`` given to it,
+    the loss at the gradient point, is recorded as ``perturbed_loss``.
+
+  Raises:
+    ValueError: rho < 0; ``init`` where ``inner`` has no such buffer.
+
+  >>> import jax, jax.numpy as jnp, optax, sam_jax
+  >>> loss = lambda w: jnp.sum(w ** 4)
+  >>> tx = sam_jax.msam(optax.sgd(0.01, momentum=0.9), rho=0.3)
+  >>> w = jnp.array([1.0, -1.0])
+  >>> opt_state = tx.init(w)
+  >>> for _ in range(2):
+  ...   point = sam_jax.gradient_point(opt_state, w)
+  ...   updates, opt_state = tx.update(jax.grad(loss)(point), opt_state, w)
+  ...   w = optax.apply_updates(w, updates)
+  >>> round(float(w[0]), 4)
+  0.9073
+
+  References:
+    Becker et al., Momentum-SAM: Sharpness Aware Minimization without Computational
+    Overhead, 2024, algorithm 1 (arXiv:2401.12033).
+  """
+  ascent.check_rho(rho)
+  inner = optax.with_extra_args_support(inner)
+
+  def init_fn(params):
+    inner_state = inner.init(params)
+    found = len(optax.tree.get_all_with_path(inner_state, momentum))
+    if found != 1:
+      raise ValueError(
+        f'msam needs one buffer named {momentum!r} in the state of inner, found '
+        f"{found}: 'trace' goes with optax.sgd(..., momentum=...), 'mu' with "
+        'optax.adam.'
+      )
+    record = ascent.init_record(params)
+    next_rho = {momentum: jnp.zeros_like(record.rho)}  # no buffer yet to follow
+    return MsamState(*record, next_rho, inner_state)
+
+  def update_fn(updates, state, params=None, *, value=0.0, **extra_args):
+    record = ascent.next_record(
+      state,
+      rho=state.next_rho[momentum],
+      updates=updates,
+      perturbed_loss=value,
+      axis_name=axis_name,
+    )
+    updates, inner_state = inner.update(
+      updates, state.inner, params, value=value, **extra_args
+    )
+    radius = jnp.asarray(ascent.resolve(rho, record.count), record.rho.dtype)
+    return updates, MsamState(*record, {momentum: radius}, inner_state)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def gradient_point(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
+  """Where the next gradient is to be taken.
+
+  For the methods that take one gradient an update, `msam` and `graphsam`, that is
+  w + eps-hat with a perturbation known beforehand; for all others w itself. A training
+  step that always calls it works with every method.
+
+  Args:
+    opt_state: state of any optax chain.
+    params: the parameters w.
+
+  Returns:
+    A tree like params; half-precision leaves come out in float32 where perturbed.
+
+  >>> import jax.numpy as jnp, optax, sam_jax
+  >>> tx, w = optax.chain(sam_jax.sam(0.05), optax.sgd(0.1)), jnp.ones(2)
+  >>> sam_jax.gradient_point(tx.init(w), w).tolist()
+  [1.0, 1.0]
+  """
+  is_own = lambda x: hasattr(x, 'gradient_point')
+  own = [s for s in jax.tree.leaves(opt_state, is_leaf=is_own) if is_own(s)]
+  if len(own) > 1:
+    raise ValueError(
+      f'{len(own)} methods of this chain say where the gradient is taken: keep one.'
+    )
+  return own[0].gradient_point(params) if own else params

@@ -1,0 +1,143 @@
+"""WSAM: sharpness as a regularizer with a weight of its own."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sam_jax import ascent
+from sam_jax.sam import SamState, sam
+
+
+def wsam(
+  rho: ascent.ScalarOrSchedule = 0.05,
+  gamma: float = 0.9,
+  *,
+  perturbation: optax.GradientTransformation | None = None,
+  axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Weighs sharpness against the loss (the coupled form).
+
+  .. math:: d = g + \frac{\gamma}{1 - \gamma} (g_p - g)
+
+  ``gamma = 0`` is the base optimizer, ``1/2`` is SAM, more than that weighs sharpness
+  above the loss.
+
+  Args:
+    rho: as in `sam`.
+    gamma: weight of sharpness, in [0, 1).
+    perturbation: as in `sam`.
+    axis_name: as in `sam`.
+
+  Returns:
+    A transformation with the state of `sam`.
+
+  Raises:
+    ValueError: gamma outside [0, 1), and as `sam`.
+    TypeError: as `sam`.
+
+  >>> import jax, jax.numpy as jnp, optax, sam_jax
+  >>> loss = lambda w: w ** 2
+  >>> tx = optax.chain(sam_jax.wsam(rho=0.1, gamma=0.75), optax.sgd(0.1))
+  >>> w = jnp.array(1.0)
+  >>> updates, _ = tx.update(
+  ...     jax.grad(loss)(w), tx.init(w), w, grad_fn=jax.grad(loss))
+  >>> round(float(updates), 4)  # -(2 + 3 * 0.2) / 10
+  -0.26
+
+  References:
+    Yue et al., Sharpness-Aware Minimization Revisited: Weighted Sharpness as a
+    Regularization Term, 2023, eq. 6 (arXiv:2305.15817).
+  """
+  weight = _weight(gamma)
+  return ascent.combine(
+    sam(rho, perturbation=perturbation, axis_name=axis_name),
+    lambda clean, perturbed: jax.tree.map(
+      lambda g, p: g + weight * (p - g), clean, perturbed
+    ),
+  )
+
+
+class DecoupledWsamState(NamedTuple):
+  """State of `decoupled_wsam`: that of `sam`, and that of the base optimizer."""
+
+  sam: SamState
+  inner: optax.OptState
+
+
+def decoupled_wsam(
+  inner: optax.GradientTransformation,
+  learning_rate: ascent.ScalarOrSchedule,
+  rho: ascent.ScalarOrSchedule = 0.05,
+  gamma: float = 0.9,
+  *,
+  perturbation: optax.GradientTransformation | None = None,
+  axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Takes the base step on the clean gradient and sharpness as a step beside it.
+
+  .. math:: w \leftarrow w + \text{inner}(g) -
+            \eta \frac{\gamma}{1 - \gamma} (g_p - g)
+
+  so that sharpness does not pass through the momentum and preconditioner of the base
+  optimizer, as decoupled weight decay does not. Over plain SGD, ``gamma = 1/2`` is SAM.
+  It wraps the whole base chain, because it follows it.
+
+  Args:
+    inner: the base chain, with its learning rate, weight decay and, under a mapped
+      axis, `cross_replica_mean` first.
+    learning_rate: eta of the sharpness step; a number or a schedule of the count.
+    rho: as in `sam`.
+    gamma: as in `wsam`.
+    perturbation: as in `sam`.
+    axis_name: the mapped axis: the sharpness step is averaged over it too.
+
+  Returns:
+    A transformation whose updates go straight to `optax.apply_updates`.
+
+  Raises:
+    ValueError: as `wsam`.
+    TypeError: as `sam`.
+
+  >>> import jax, jax.numpy as jnp, optax, sam_jax
+  >>> loss = lambda w: w ** 2
+  >>> tx = sam_jax.decoupled_wsam(optax.sgd(0.1), 0.1, rho=0.1, gamma=0.75)
+  >>> w = jnp.array(1.0)
+  >>> updates, _ = tx.update(
+  ...     jax.grad(loss)(w), tx.init(w), w, grad_fn=jax.grad(loss))
+  >>> round(float(updates), 4)
+  -0.26
+
+  References:
+    Yue et al., 2023, algorithm 1 (arXiv:2305.15817).
+  """
+  weight = _weight(gamma)
+  inner = optax.with_extra_args_support(inner)
+  ascend = sam(rho, perturbation=perturbation, axis_name=axis_name)
+
+  def init_fn(params):
+    return DecoupledWsamState(ascend.init(params), inner.init(params))
+
+  def update_fn(updates, state, params=None, **extra_args):
+    perturbed, sam_state = ascend.update(updates, state.sam, params, **extra_args)
+    gap = jax.tree.map(jnp.subtract, perturbed, updates)
+    if axis_name is not None:
+      gap = jax.lax.pmean(gap, axis_name)
+    rate = ascent.resolve(learning_rate, state.sam.count)
+    step, inner_state = inner.update(updates, state.inner, params, **extra_args)
+    flatter = jax.tree.map(lambda s, d: s - rate * weight * d, step, gap)
+    return (
+      ascent.where_on(sam_state.rho, flatter, step),
+      DecoupledWsamState(sam_state, inner_state),
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _weight(gamma: float) -> float:
+  if isinstance(gamma, (int, float)) and not 0 <= gamma < 1:
+    raise ValueError(f'gamma must be in [0, 1), got {gamma}: 0.5 is SAM.')
+  return gamma / (1 - gamma)
