@@ -106,9 +106,10 @@ def check_finite(metrics: dict[str, float], step: int) -> None:
   """Stops a run whose metrics are no longer numbers.
 
   Raises:
-    TrainingDiverged: names the step and the first metric.
+    TrainingDiverged: names the step and the metric, the loss first.
   """
-  for name, value in metrics.items():
+  for name in sorted(metrics, key=lambda name: name != 'loss'):
+    value = metrics[name]
     if not math.isfinite(value):
       raise TrainingDiverged(
           f'the {name} of step {step} is {value}: training has diverged and stops; the '

@@ -1,0 +1,58 @@
+"""A network with batch normalization and dropout, and data for it."""
+
+import types
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from input_pipelines import ArraySplit
+from training import Workload
+
+
+class SmallNetwork(nn.Module):
+  """Dense, batch normalization, dropout, dense."""
+
+  dropout_rate: float = 0.3
+
+  @nn.compact
+  def __call__(self, x, *, train=False):
+    x = nn.Dense(8)(x)
+    x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+    x = nn.Dropout(self.dropout_rate, deterministic=not train)(nn.tanh(x))
+    return nn.Dense(3)(x)
+
+
+def split(num_examples, seed=0, dtype=np.float32):
+  rng = np.random.default_rng(seed)
+  inputs = rng.normal(size=(num_examples, 5)).astype(dtype)
+  labels = (inputs[:, 0] > 0).astype(np.int32) + (inputs[:, 1] > 0.5)
+  return ArraySplit(inputs, labels)
+
+
+def workload(train=None, dropout_rate=0.3):
+  train = train or split(22)
+  return Workload(
+      model=SmallNetwork(dropout_rate),
+      train=train,
+      test=split(13, seed=1),
+      num_classes=3,
+      example_inputs=np.zeros((1, 5), np.float32),
+  )
+
+
+@pytest.fixture(scope='session')
+def small():
+  """The network, its data and the workload of both."""
+  return types.SimpleNamespace(Network=SmallNetwork, split=split, workload=workload)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def cache_every_program():
+  """Runs that are started over and over compile their steps once."""
+  name = 'jax_persistent_cache_min_compile_time_secs'
+  before = getattr(jax.config, name)
+  jax.config.update(name, 0.05)
+  yield
+  jax.config.update(name, before)

@@ -1,0 +1,208 @@
+"""The loop: resumed runs equal uninterrupted ones, bit for bit."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from training import (
+    Config,
+    TrainingDiverged,
+    UsageError,
+    checkpoints,
+    loop,
+    metrics,
+    summary,
+)
+
+_CONFIG = Config(
+    optimizer='sam', base_optimizer='adam', rho=0.1, epochs=3, batch_size=8,
+    learning_rate=0.01, checkpoint_every=2, log_every=2,
+)
+_STEPS = 9  # 3 epochs of 22 examples in batches of 8
+
+
+class _Killed(Exception):
+  """Stands for a kill: nothing of the run's own code runs after it."""
+
+
+class _Disturbed:
+  """A split that calls a function before it yields the batch of a given number."""
+
+  def __init__(self, split, at, action):
+    self._split, self._left, self._action = split, at, action
+    self.num_examples = split.num_examples
+
+  def batches(self, *args, seed=None, **kwargs):
+    inner = self._split.batches(*args, seed=seed, **kwargs)
+    if seed is None:  # evaluation
+      return inner
+    outer = self
+
+    class Batches:
+      steps_per_epoch = inner.steps_per_epoch
+
+      def epoch(self, epoch, start=0):
+        for batch in inner.epoch(epoch, start):
+          if outer._left == 0:
+            batch = outer._action(batch) or batch
+          outer._left -= 1
+          yield batch
+
+    return Batches()
+
+
+def _train(workload, workdir, config=_CONFIG):
+  return loop.train(config, workload, workdir, num_devices=2, timing=False)
+
+
+def _outcome(workdir):
+  """The final parameters and the metrics, as bytes."""
+  arrays = checkpoints.load(workdir).arrays
+  lines = (workdir / 'metrics.jsonl').read_bytes()
+  return {name: array.tobytes() for name, array in arrays.items()}, lines
+
+
+@pytest.fixture(scope='module')
+def whole(small, tmp_path_factory):
+  """The workdir of a run that nothing interrupted."""
+  workdir = tmp_path_factory.mktemp('loop') / 'whole'
+  _train(small.workload(), workdir)
+  return workdir
+
+
+def test_files_and_numbers_of_a_run(whole, small):
+  assert {p.name for p in whole.iterdir()} == {
+      'config.json', 'metrics.jsonl', 'checkpoints', 'summary.json', 'curves.png'
+  }
+  lines = metrics.read(whole)
+  train = [line for line in lines if line['split'] == 'train']
+  assert [line['step'] for line in train] == [3, 6, 9]
+  assert [x['step'] for x in lines if x['split'] == 'step'] == [2, 4, 6, 8]
+  assert all(line['perturbed_loss'] > line['loss'] for line in train)
+  final = summary.read(whole)['final']
+  gap = final['test_loss'] - final['train_loss']
+  assert final['generalization_gap'] == gap
+  tests = [line for line in lines if line['split'] == 'test']
+  assert tests[-1]['loss'] == final['test_loss']
+  assert summary.read(whole)['num_parameters'] == 5 * 8 + 8 + 2 * 8 + 8 * 3 + 3
+
+
+def test_the_logged_loss_is_that_of_the_checkpoint(whole, small):
+  workload = small.workload()
+  arrays = checkpoints.load(whole).arrays
+  p = checkpoints.select(arrays, 'params')
+  stats = checkpoints.select(arrays, 'batch_stats')
+  batch = next(workload.test.batches(13).epoch(0))
+  x = batch['inputs'] @ p['Dense_0/kernel'] + p['Dense_0/bias']
+  x = (x - stats['BatchNorm_0/mean']) / np.sqrt(stats['BatchNorm_0/var'] + 1e-5)
+  x = np.tanh(x * p['BatchNorm_0/scale'] + p['BatchNorm_0/bias'])
+  logits = x @ p['Dense_1/kernel'] + p['Dense_1/bias']
+  log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  targets = np.where(np.eye(3)[batch['labels']] > 0, 0.9, 0.05)
+  loss = (targets * (np.log(targets) - log_probs)).sum(-1).mean()
+  final = summary.read(whole)['final']
+  np.testing.assert_allclose(final['test_loss'], loss, rtol=1e-5)
+  accuracy = (logits.argmax(-1) == batch['labels']).mean()
+  np.testing.assert_allclose(final['test_accuracy'], accuracy, rtol=1e-6)
+
+
+@pytest.mark.parametrize('at', [0, 1, 3, 4, 8])
+def test_a_killed_run_ends_as_if_never_stopped(whole, small, tmp_path, at):
+  def kill(batch):
+    raise _Killed
+
+  workdir = tmp_path / 'run'
+  with pytest.raises(_Killed):
+    _train(small.workload(_Disturbed(small.split(22), at, kill)), workdir)
+  # What a kill may leave: lines beyond the checkpoint, and half of one.
+  with (workdir / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 99, "epoch": 1}\n{"step": 3, "lo')
+  _train(small.workload(), workdir)
+  assert _outcome(workdir) == _outcome(whole)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_first(whole, small, tmp_path, number):
+  def send(batch):
+    os.kill(os.getpid(), number)
+
+  config = dataclasses.replace(_CONFIG, checkpoint_every=0)
+  disturbed = small.workload(_Disturbed(small.split(22), 4, send))
+  before = signal.getsignal(number)
+  with pytest.raises(SystemExit) as caught:
+    _train(disturbed, tmp_path / 'run', config)
+  assert caught.value.code == 128 + number
+  assert signal.getsignal(number) is before
+  saved = checkpoints.load(tmp_path / 'run').position
+  # The batch was being made while a step before it ran.
+  assert 3 <= saved['step'] <= 5
+  _train(small.workload(), tmp_path / 'run')
+  assert _outcome(tmp_path / 'run') == _outcome(whole)
+
+
+def test_a_damaged_newest_checkpoint_costs_no_bit(whole, small, tmp_path):
+  def kill(batch):
+    raise _Killed
+
+  workdir = tmp_path / 'run'
+  with pytest.raises(_Killed):
+    _train(small.workload(_Disturbed(small.split(22), 5, kill)), workdir)
+  newest = max((workdir / 'checkpoints').iterdir(), key=lambda p: int(p.name))
+  (newest / 'state' / 'manifest.ocdbt').write_bytes(b'\0')
+  with pytest.warns(UserWarning, match=f'step {newest.name} .* is damaged'):
+    _train(small.workload(), workdir)
+  assert _outcome(workdir) == _outcome(whole)
+
+
+def test_a_number_that_is_none_stops_and_keeps_the_last_good(small, tmp_path):
+  def spoil(batch):
+    return {**batch, 'inputs': np.full_like(batch['inputs'], np.nan)}
+
+  config = dataclasses.replace(_CONFIG, checkpoint_every=1)
+  with pytest.raises(TrainingDiverged, match='loss of step 5 is nan'):
+    _train(small.workload(_Disturbed(small.split(22), 4, spoil)), tmp_path, config)
+  kept = checkpoints.load(tmp_path)
+  assert kept.position['step'] == 4
+  assert all(np.isfinite(x).all() for x in kept.arrays.values())
+  assert not (tmp_path / 'summary.json').exists()
+
+
+def test_a_finished_run_is_only_read(whole, small):
+  files = {p: p.stat().st_mtime_ns for p in whole.rglob('*')}
+  again = _train(small.workload(), whole)
+  assert again == json.loads((whole / 'summary.json').read_text())
+  assert files == {p: p.stat().st_mtime_ns for p in whole.rglob('*')}
+
+
+def test_a_foreign_workdir_is_left_alone(whole, small):
+  files = {p: p.stat().st_mtime_ns for p in whole.rglob('*')}
+  with pytest.raises(UsageError, match='rho is 0.1 there and 0.3 here'):
+    _train(small.workload(), whole, dataclasses.replace(_CONFIG, rho=0.3))
+  assert files == {p: p.stat().st_mtime_ns for p in whole.rglob('*')}
+
+
+def test_parameters_of_another_run(whole, small, tmp_path):
+  config = dataclasses.replace(
+      _CONFIG, init_from=str(whole), learning_rate=0.0, epochs=1
+  )
+  _train(small.workload(), tmp_path / 'run', config)
+  ours, theirs = (
+      checkpoints.select(checkpoints.load(w).arrays, 'params')
+      for w in (tmp_path / 'run', whole)
+  )
+  for name in theirs:
+    np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_parameters_of_another_model_are_refused(whole, small, tmp_path):
+  workload = small.workload()._replace(
+      example_inputs=np.zeros((1, 6), np.float32)
+  )
+  config = dataclasses.replace(_CONFIG, init_from=str(whole))
+  with pytest.raises(UsageError, match=r'init_from=.*0/kernel is float32\[5, 8\]'):
+    _train(workload, tmp_path / 'run', config)
+  assert not (tmp_path / 'run').exists()
