@@ -1,0 +1,205 @@
+"""The command line of train.py, and runs of it that are killed."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import train
+from input_pipelines import DataError
+from training import checkpoints, cli, metrics, optimizers
+
+_ROOT = pathlib.Path(train.__file__).parent
+
+
+def _run(*arguments):
+  return cli.run(
+      train.main, ['train.py', '--nocache', '--devices=1', *arguments],
+      errors=(DataError,),
+  )
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        ('--rho=-1', '--rho=-1.0: the radius must not be negative'),
+        ('--optimizer=sam --rho=nan', '--rho=nan: must be a finite number'),
+        ('--rho=abc', '--rho=abc: give one or more numbers'),
+        ('--rho=', '--rho= is empty'),
+        ('--optimizer=sgd --rho=0.1', 'has no effect with --optimizer=sgd'),
+        ('--optimizer=foo', '--optimizer=foo: choose one of sam'),
+        ('--optimizer=sam,foo', '--optimizer=foo: choose one of sam'),
+        ('--base_optimizer=foo --optimizer=sam', '--base_optimizer=foo: choose one'),
+        ('--task=foo', '--task=foo: choose one of digits_mlp'),
+        ('--task=tudataset_gcn', 'give --dataset=PROTEINS'),
+        ('--schedule=foo', '--schedule=foo: choose one of step'),
+        ('--epoch=3', "'epoch'. Did you mean: epochs"),
+        ('--epochs=0', '--epochs=0: must be at least 1'),
+        ('--epochs=many', '--epochs=many'),
+        ('--learning_rate=nan', '--learning_rate=nan: must be a finite number'),
+        ('--seeds=0', '--seeds=0: must be at least 1'),
+        ('--devices=99', '--devices=99: this process has'),
+        ('--m_sharpness=5 --optimizer=sam', 'multiple of 5'),
+        ('--init_from=/nowhere', '--init_from=/nowhere: /nowhere has no checkpoint'),
+        ('sam', "unexpected argument 'sam'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, tmp_path, capsys):
+  workdir = tmp_path / 'run'
+  assert _run(f'--workdir={workdir}', *arguments.split()) == 2
+  out, error = capsys.readouterr()
+  assert words in error
+  assert error.startswith('train.py: ') and error.count('\n') == 1
+  assert not workdir.exists() and not out
+
+
+def test_data_that_is_not_there(tmp_path, capsys):
+  start = time.monotonic()
+  folders = [f'--{name}_dir={tmp_path}' for name in ('manual', 'data')]
+  workdir = tmp_path / 'run'
+  assert _run('--task=mutagenicity_gcn', *folders, f'--workdir={workdir}') == 2
+  assert 'Mutagenicity.zip' in capsys.readouterr().err
+  assert time.monotonic() - start < 10 and not workdir.exists()
+
+
+def test_help_names_every_flag_and_choice(capsys):
+  with pytest.raises(SystemExit) as caught:
+    _run('--help')
+  assert caught.value.code == 0
+  text = capsys.readouterr().out
+  for word in ('--rho=', '--[no]timing', 'digits_mlp', *optimizers.METHODS):
+    assert word in text
+  assert 'alsologtostderr' not in text
+  assert max(map(len, text.splitlines())) <= 88
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """The workdir of a short run of the default task."""
+  workdir = tmp_path_factory.mktemp('train') / 'run'
+  assert _run(f'--workdir={workdir}', '--epochs=2', '--optimizer=sam') == 0
+  return workdir
+
+
+def test_a_run_writes_its_files_and_a_second_start_only_reports(finished, capsys):
+  config = json.loads((finished / 'config.json').read_text())['config']
+  assert config['rho'] == 0.05 and config['base_optimizer'] == 'sgd'
+  files = {p: p.stat().st_mtime_ns for p in finished.rglob('*')}
+  assert _run(f'--workdir={finished}', '--epochs=2', '--optimizer=sam') == 0
+  assert 'generalization gap' in capsys.readouterr().out
+  assert files == {p: p.stat().st_mtime_ns for p in finished.rglob('*')}
+
+
+def test_other_flags_on_its_workdir_are_refused(finished, capsys):
+  assert _run(f'--workdir={finished}', '--epochs=3', '--optimizer=sam') == 2
+  assert 'epochs is 2 there and 3 here' in capsys.readouterr().err
+  assert _run(f'--workdir={finished}', '--epochs=2', '--seeds=2') == 2
+  assert 'holds a single run' in capsys.readouterr().err
+
+
+def test_a_sweep_compares_and_repeats_nothing(tmp_path, capsys):
+  flags = [f'--workdir={tmp_path}', '--epochs=1', '--optimizer=sgd,sam', '--rho=0.1']
+  assert _run(*flags, '--seeds=2') == 0
+  first = capsys.readouterr().out
+  runs = [p.parent.relative_to(tmp_path) for p in tmp_path.rglob('config.json')]
+  assert sorted(map(str, runs)) == [
+      'sam/rho_0.1/seed_0', 'sam/rho_0.1/seed_1', 'sgd/seed_0', 'sgd/seed_1'
+  ]
+  results = json.loads((tmp_path / 'sweep.json').read_text())
+  assert [(r['optimizer'], r['rho'], r['seeds']) for r in results['rows']] == [
+      ('sgd', None, 2), ('sam', 0.1, 2)
+  ]
+  sgd = [results['runs'][f'sgd/seed_{seed}']['lambda_max'] for seed in (0, 1)]
+  row = results['rows'][0]
+  np.testing.assert_allclose(row['lambda_max'], np.mean(sgd))
+  np.testing.assert_allclose(
+      row['lambda_max_error'], abs(sgd[0] - sgd[1]) / 2, rtol=1e-6
+  )
+  table = (tmp_path / 'sweep.md').read_text()
+  assert table in first and table.count('+-') == 11
+  assert (tmp_path / 'sweep.png').stat().st_size > 10_000
+  start = time.monotonic()
+  assert _run(*flags, '--seeds=2') == 0
+  assert table in capsys.readouterr().out
+  assert time.monotonic() - start < 20
+
+
+def _start(workdir, *flags, environment=None):
+  variables = {**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'}
+  return subprocess.Popen(
+      [sys.executable, 'train.py', f'--workdir={workdir}', '--notiming', *flags],
+      cwd=_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+      env={**variables, **(environment or {})},
+  )
+
+
+def _outcome(workdir):
+  arrays = checkpoints.load(workdir).arrays
+  lines = (workdir / 'metrics.jsonl').read_bytes()
+  return {name: array.tobytes() for name, array in arrays.items()}, lines
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_no_bit(tmp_path):
+  flags = ['--optimizer=sam', '--epochs=20', '--checkpoint_every=7', '--log_every=11']
+  environment = {'XDG_CACHE_HOME': str(tmp_path / 'cache')}
+  whole = _start(tmp_path / 'whole', *flags, environment=environment)
+  assert whole.wait(300) == 0, whole.stderr.read()
+  rng = random.Random(0)
+  steps = []
+  for _ in range(20):
+    run = _start(tmp_path / 'killed', *flags, environment=environment)
+    time.sleep(rng.uniform(0.5, 6.0))
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    found = sorted((tmp_path / 'killed').glob('checkpoints/[0-9]*'))
+    steps.append(max((int(p.name) for p in found if p.name.isdigit()), default=0))
+  last = _start(tmp_path / 'killed', *flags, environment=environment)
+  assert last.wait(300) == 0, last.stderr.read()
+  assert len(set(steps)) > 3, 'the kills did not fall inside the run'
+  assert _outcome(tmp_path / 'killed') == _outcome(tmp_path / 'whole')
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_leaves_with_143(tmp_path):
+  flags = ['--epochs=4000', '--schedule=constant']
+  run = _start(tmp_path / 'run', *flags)
+  while not (tmp_path / 'run' / 'metrics.jsonl').exists():
+    assert run.poll() is None, run.stderr.read()
+    time.sleep(0.1)
+  time.sleep(3)
+  run.send_signal(signal.SIGTERM)
+  assert run.wait(60) == 143
+  step = checkpoints.load(tmp_path / 'run').position['step']
+  assert metrics.read(tmp_path / 'run')[-1]['step'] <= step
+
+
+@pytest.mark.slow
+def test_two_processes_equal_two_devices(tmp_path):
+  flags = ['--optimizer=sam', '--epochs=2', '--nocache']
+  two = {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+  alone = _start(tmp_path / 'alone', *flags, environment=two)
+  assert alone.wait(300) == 0, alone.stderr.read()
+  port = 20_000 + os.getpid() % 20_000
+  together = [
+      _start(
+          tmp_path / 'together', *flags, f'--coordinator=localhost:{port}',
+          '--num_processes=2', f'--process_id={i}',
+      )
+      for i in range(2)
+  ]
+  for process in together:
+    assert process.wait(300) == 0, process.stderr.read()
+  ours, theirs = (
+      checkpoints.load(tmp_path / name).arrays for name in ('together', 'alone')
+  )
+  assert ours.keys() == theirs.keys()
+  for name in theirs:
+    np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
