@@ -86,6 +86,29 @@ def check_rho(rho: ScalarOrSchedule, name: str = 'rho') -> None:
     raise ValueError(f'{name} must be at least 0, got {rho}: it is a radius.')
 
 
+def check_positive(**values: int | jax.Array) -> None:
+  """Raises ValueError for a Python number below 1; arrays are not looked at."""
+  for name, value in values.items():
+    if isinstance(value, (int, float)) and not value >= 1:
+      raise ValueError(f'{name} must be at least 1, got {value}.')
+
+
+def static_int(name: str, value: int | None, default: int) -> int:
+  """A number of repetitions, which has to be known while tracing.
+
+  None stands for the default, so that `optax.inject_hyperparams` leaves it alone.
+  """
+  if value is None:
+    return default
+  if not isinstance(value, int):
+    raise TypeError(
+      f'{name} must be a Python int, got {type(value).__name__}: with '
+      f"optax.inject_hyperparams name it in static_args=('{name}',)."
+    )
+  check_positive(**{name: value})
+  return value
+
+
 def resolve(value: ScalarOrSchedule, count: jax.Array) -> jax.Array | float:
   """The value of a number or a schedule at ``count``."""
   return value(count) if callable(value) else value

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_jax import ascent, perturbations
+from sam_jax import ascent, perturbations, probes
 
 
 class EsamState(NamedTuple):
@@ -81,8 +81,7 @@ def esam(
   unit = perturbations.global_norm()
 
   def init_fn(params):
-    typed = jax.random.key(key) if isinstance(key, int) else key
-    return EsamState(*ascent.init_record(params), typed)
+    return EsamState(*ascent.init_record(params), probes.typed_key(key))
 
   def update_fn(
     updates,

@@ -90,12 +90,9 @@ def graphsam(
     Models, 2024, algorithm 1 (arXiv:2406.13137).
   """
   ascent.check_rho(rho)
-  for name, least in (
-    ('steps_per_epoch', steps_per_epoch),
-    ('epochs_per_decay', epochs_per_decay),
-  ):
-    if least < 1:
-      raise ValueError(f'{name} must be at least 1, got {least}.')
+  ascent.check_positive(
+    steps_per_epoch=steps_per_epoch, epochs_per_decay=epochs_per_decay
+  )
 
   def radius_at(count):
     epoch = count // steps_per_epoch

@@ -76,8 +76,7 @@ def looksam(
     Liu et al., Towards Efficient and Scalable Sharpness-Aware Minimization, 2022,
     algorithm 1 (arXiv:2203.02714).
   """
-  if every < 1:
-    raise ValueError(f'every must be at least 1, got {every}: 1 is SAM.')
+  ascent.check_positive(every=every)
   ascend = sam(rho, perturbation=perturbation, axis_name=axis_name)
 
   def init_fn(params):

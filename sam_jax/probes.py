@@ -10,6 +10,14 @@ import optax
 Sampler = Callable[[jax.Array, optax.Params], optax.Params]
 
 
+def typed_key(key: jax.Array | int) -> jax.Array:
+  """A typed key from one, or from a seed (a number, possibly injected)."""
+  dtype = getattr(key, 'dtype', None)
+  if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    return key
+  return jax.random.key(key)
+
+
 def gaussian(key: jax.Array, params: optax.Params) -> optax.Params:
   """Draws u ~ N(0, I).
 

@@ -24,7 +24,7 @@ def sam(
   rho: ascent.ScalarOrSchedule = 0.05,
   *,
   perturbation: optax.GradientTransformation | None = None,
-  num_ascent_steps: int = 1,
+  num_ascent_steps: int | None = None,
   axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Replaces the gradient at w by the gradient at w + eps-hat.
@@ -44,7 +44,7 @@ def sam(
       cost of the base optimizer; a traced 0 selects them.
     perturbation: gradient in, eps-hat at unit radius out; `perturbations.global_norm`
       unless given. It receives the extra arguments too.
-    num_ascent_steps: K; with more than one the perturbation is built up in K steps of
+    num_ascent_steps: K, 1 unless given; the perturbation is built up in K steps of
       radius rho / K, each along the gradient at the point reached. Costs K + 1
       gradients.
     axis_name: the mapped axis under `jax.pmap` or `jax.vmap`. Only the recorded norm
@@ -83,8 +83,7 @@ def sam(
     Generalization, 2021, algorithm 1 (arXiv:2010.01412).
   """
   ascent.check_rho(rho)
-  if num_ascent_steps < 1:
-    raise ValueError(f'num_ascent_steps must be at least 1, got {num_ascent_steps}.')
+  num_steps = ascent.static_int('num_ascent_steps', num_ascent_steps, default=1)
   if perturbation is None:
     perturbation = perturbations.global_norm()
   perturbation = optax.with_extra_args_support(perturbation)
@@ -102,14 +101,14 @@ def sam(
       return updates, SamState(*record, state.perturbation)
     radius = ascent.resolve(rho, state.count)
     point, grads, inner = params, updates, state.perturbation
-    for _ in range(num_ascent_steps):
+    for _ in range(num_steps):
       direction, inner = perturbation.update(
         perturbations.at_least_float32(grads),
         inner,
         perturbations.at_least_float32(params),
         **extra_args,
       )
-      eps = perturbations.scale_tree(direction, radius / num_ascent_steps)
+      eps = perturbations.scale_tree(direction, radius / num_steps)
       point = ascent.perturb(point, eps)
       perturbed_loss, grads = evaluate(point)
     record = ascent.next_record(

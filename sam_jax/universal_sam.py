@@ -28,8 +28,8 @@ def universal_sam(
   rho: ascent.ScalarOrSchedule = 0.01,
   lam: float = 1.0,
   *,
-  sampler: probes.Sampler = probes.gaussian,
-  num_probes: int = 1,
+  sampler: probes.Sampler | None = None,
+  num_probes: int | None = None,
   antithetic: bool = False,
   key: jax.Array | int = 0,
   axis_name: str | None = None,
@@ -52,8 +52,8 @@ def universal_sam(
     phi: from the mean of psi to a scalar, differentiable.
     rho: distance of the probes in units of the sampler; as in `sam`.
     lam: weight of the sharpness, with rho^2 absorbed.
-    sampler: ``(key, params) -> u``, a tree like params, as those of `sam_jax.probes`.
-    num_probes: n.
+    sampler: ``(key, params) -> u``, a tree like params; `probes.gaussian` unless given.
+    num_probes: n, 1 unless given.
     antithetic: whether each probe is the mean over +u and -u.
     key: a typed key or a seed; it lives in the state.
     axis_name: as in `sam`; all replicas draw the same probes.
@@ -80,12 +80,11 @@ def universal_sam(
     2024, algorithm 1 (arXiv:2406.03682).
   """
   ascent.check_rho(rho)
-  if num_probes < 1:
-    raise ValueError(f'num_probes must be at least 1, got {num_probes}.')
+  num = ascent.static_int('num_probes', num_probes, default=1)
+  sampler = probes.gaussian if sampler is None else sampler
 
   def init_fn(params):
-    typed = jax.random.key(key) if isinstance(key, int) else key
-    return UniversalSamState(*ascent.init_record(params), typed)
+    return UniversalSamState(*ascent.init_record(params), probes.typed_key(key))
 
   def update_fn(
     updates, state, params=None, *, value_and_grad_fn=None, value=None, **extra_args
@@ -99,7 +98,7 @@ def universal_sam(
     if value is None:
       value, _ = evaluate(params)
     radius = ascent.resolve(rho, state.count)
-    next_key, *probe_keys = jax.random.split(state.key, num_probes + 1)
+    next_key, *probe_keys = jax.random.split(state.key, num + 1)
     signs = (1, -1) if antithetic else (1,)
 
     def probe(probe_key):
@@ -127,7 +126,7 @@ def universal_sam(
       state,
       rho=radius,
       updates=updates,
-      perturbed_loss=sum(losses) / num_probes,
+      perturbed_loss=sum(losses) / num,
       axis_name=axis_name,
     )
     return (
@@ -148,14 +147,25 @@ def _chain_rule(psi: Callable, phi: Callable, x: jax.Array) -> jax.Array:
 
 
 def trace_sam(
-  rho: ascent.ScalarOrSchedule = 0.01, lam: float = 1.0, **options
+  rho: ascent.ScalarOrSchedule = 0.01,
+  lam: float = 1.0,
+  *,
+  sampler: probes.Sampler | None = None,
+  num_probes: int | None = None,
+  antithetic: bool = False,
+  key: jax.Array | int = 0,
+  axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Regularizes the trace of the Hessian: :math:`E x = \mathrm{tr}(H) / 2`.
 
   Args:
     rho: as in `universal_sam`.
     lam: as in `universal_sam`.
-    **options: further arguments of `universal_sam`.
+    sampler: as in `universal_sam`.
+    num_probes: as in `universal_sam`.
+    antithetic: as in `universal_sam`.
+    key: as in `universal_sam`.
+    axis_name: as in `universal_sam`.
 
   Returns:
     A transformation as `universal_sam`.
@@ -175,15 +185,28 @@ def trace_sam(
   References:
     Tahmasebi et al., 2024, section 4 (arXiv:2406.03682).
   """
-  return universal_sam(lambda x: x, lambda s: s, rho, lam, **options)
+  return universal_sam(
+    lambda x: x,
+    lambda s: s,
+    rho,
+    lam,
+    sampler=sampler,
+    num_probes=num_probes,
+    antithetic=antithetic,
+    key=key,
+    axis_name=axis_name,
+  )
 
 
 def frob_sam(
   rho: ascent.ScalarOrSchedule = 0.005,
   lam: float = 0.005,
   *,
-  num_probes: int = 2,
-  **options,
+  sampler: probes.Sampler | None = None,
+  num_probes: int | None = None,
+  antithetic: bool = False,
+  key: jax.Array | int = 0,
+  axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Regularizes the Frobenius norm of the Hessian through the variance of the loss.
 
@@ -196,8 +219,11 @@ def frob_sam(
   Args:
     rho: as in `universal_sam`.
     lam: as in `universal_sam`.
-    num_probes: n, at least 2.
-    **options: further arguments of `universal_sam`.
+    sampler: as in `universal_sam`.
+    num_probes: as in `universal_sam`, at least 2; 2 unless given.
+    antithetic: as in `universal_sam`.
+    key: as in `universal_sam`.
+    axis_name: as in `universal_sam`.
 
   Returns:
     A transformation as `universal_sam`.
@@ -211,18 +237,20 @@ def frob_sam(
   References:
     Tahmasebi et al., 2024, section 4 (arXiv:2406.03682).
   """
-  if num_probes < 2:
-    raise ValueError(
-      f'num_probes must be at least 2, got {num_probes}: a variance needs two.'
-    )
-  bessel = num_probes / (num_probes - 1)
+  num = ascent.static_int('num_probes', num_probes, default=2)
+  if num < 2:
+    raise ValueError(f'num_probes must be at least 2, got {num}: a variance needs two.')
+  bessel = num / (num - 1)
   return universal_sam(
     lambda x: jnp.stack([x, x**2]),
     lambda s: 0.5 * bessel * (s[1] - s[0] ** 2),
     rho,
     lam,
-    num_probes=num_probes,
-    **options,
+    sampler=sampler,
+    num_probes=num,
+    antithetic=antithetic,
+    key=key,
+    axis_name=axis_name,
   )
 
 
@@ -231,7 +259,10 @@ def det_sam(
   lam: float = 1.0,
   *,
   half_width: float = 0.01,
-  **options,
+  num_probes: int | None = None,
+  antithetic: bool = False,
+  key: jax.Array | int = 0,
+  axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Regularizes the determinant of the Hessian through a Gaussian integral.
 
@@ -245,7 +276,10 @@ def det_sam(
     rho: as in `universal_sam`.
     lam: as in `universal_sam`.
     half_width: h, in the units of the parameters (times rho).
-    **options: further arguments of `universal_sam`.
+    num_probes: as in `universal_sam`.
+    antithetic: as in `universal_sam`.
+    key: as in `universal_sam`.
+    axis_name: as in `universal_sam`.
 
   Returns:
     A transformation as `universal_sam`.
@@ -267,5 +301,8 @@ def det_sam(
     rho,
     lam,
     sampler=probes.uniform_cube(half_width),
-    **options,
+    num_probes=num_probes,
+    antithetic=antithetic,
+    key=key,
+    axis_name=axis_name,
   )

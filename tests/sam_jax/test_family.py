@@ -634,6 +634,54 @@ def test_bad_arguments_are_named(make, message):
     make()
 
 
+@pytest.mark.parametrize(
+  'method',
+  [
+    sam_jax.sam,
+    sam_jax.asam,
+    sam_jax.usam,
+    sam_jax.gsam,
+    sam_jax.wsam,
+    sam_jax.looksam,
+    sam_jax.friendly_sam,
+    sam_jax.graphsam,
+    sam_jax.trace_sam,
+    sam_jax.frob_sam,
+    sam_jax.det_sam,
+  ],
+  ids=lambda method: method.__name__,
+)
+def test_every_number_may_be_injected(method):
+  """inject_hyperparams turns defaults into arrays too; sizes stay as they are."""
+  given = {'steps_per_epoch': 3} if method is sam_jax.graphsam else {}
+  injected = optax.inject_hyperparams(method)(rho=0.2, **given)
+  direct = method(rho=0.2, **given)
+  params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), START)
+  results = []
+  for tx in (injected, direct):
+
+    @jax.jit
+    def update(params, tx=tx):
+      return tx.update(
+        jax.grad(jax_loss)(params),
+        tx.init(params),
+        params,
+        value_and_grad_fn=jax.value_and_grad(jax_loss),
+      )[0]
+
+    results.append(update(params))
+  assert_same(*results, atol=1e-6)
+
+
+def test_sizes_are_not_injected_silently():
+  tx = optax.inject_hyperparams(sam_jax.sam)(rho=0.1, num_ascent_steps=2)
+  with pytest.raises(TypeError, match='static_args'):
+    tx.init(jnp.ones(2))
+  optax.inject_hyperparams(sam_jax.sam, static_args='num_ascent_steps')(
+    rho=0.1, num_ascent_steps=2
+  ).init(jnp.ones(2))
+
+
 def test_gsam_rho_follows_the_learning_rate():
   schedule = optax.cosine_decay_schedule(0.1, 100)
   rho = sam_jax.gsam_rho(
