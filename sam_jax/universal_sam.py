@@ -293,7 +293,7 @@ def det_sam(
   References:
     Tahmasebi et al., 2024, section 4 (arXiv:2406.03682).
   """
-  if not half_width > 0:
+  if isinstance(half_width, (int, float)) and not half_width > 0:
     raise ValueError(f'half_width must be positive, got {half_width}.')
   return universal_sam(
     lambda x: jnp.exp(-x / 2),
