@@ -66,6 +66,30 @@ class Config:
   adaptive_rule: str = _field(
       'weights', 'asam: scale the radius by |w| in weights (ndim >= 2) only, or in all'
   )
+  num_ascent_steps: int = _field(1, 'sam: ascent steps, each of rho / this')
+  gsam_alpha: float = _field(0.4, 'gsam: share of the orthogonal part subtracted')
+  gsam_rho_min: float | None = _field(
+      None, 'gsam: radius at the smallest learning rate; unset: rho throughout'
+  )
+  wsam_gamma: float = _field(0.9, 'wsam, decoupled_wsam: weight of sharpness')
+  looksam_every: int = _field(5, 'looksam: steps between ascents')
+  looksam_alpha: float = _field(0.7, 'looksam: size of the reused direction')
+  friendly_sigma: float = _field(1.0, 'friendly_sam: share of the average removed')
+  friendly_decay: float = _field(0.9, 'friendly_sam: decay of the average')
+  esam_beta: float = _field(0.5, 'esam: share of the weights perturbed')
+  esam_gamma: float = _field(0.5, 'esam: share of the examples kept')
+  graphsam_beta: float = _field(0.99, 'graphsam: decay of the average')
+  graphsam_gamma: float = _field(0.5, 'graphsam: factor on rho at each decay')
+  graphsam_epochs: int = _field(1, 'graphsam: epochs between decays')
+  universal_lam: float | None = _field(
+      None, "trace_sam, frob_sam, det_sam: weight of sharpness; unset: the method's"
+  )
+  num_probes: int = _field(0, "trace_sam, frob_sam, det_sam: probes; 0: the method's")
+  antithetic: bool = _field(False, 'trace_sam, frob_sam, det_sam: probes in pairs')
+  det_half_width: float = _field(0.01, 'det_sam: half-width of the cube of probes')
+  perturb_every: int = _field(1, 'run the method every so many steps')
+  perturb_from: float = _field(0.0, 'epoch from which on the method runs')
+  perturb_until: float = _field(0.0, 'epoch until which the method runs; 0: the end')
   clip_norm: float = _field(0.0, "largest global norm of the update's gradient; 0: off")
   dtype: str = _field('float32', 'compute type, float32 or bfloat16')
   seed: int = _field(0, 'of initialisation, order of examples and dropout')
@@ -94,11 +118,15 @@ def validate(config: Config) -> None:
     value = getattr(config, field.name)
     if isinstance(value, float) and not math.isfinite(value):
       raise UsageError(f'--{field.name}={value}: must be a finite number.')
-  for name in ('epochs', 'batch_size'):
+  for name in (
+      'epochs', 'batch_size', 'num_ascent_steps', 'looksam_every', 'graphsam_epochs',
+      'perturb_every',
+  ):
     _require(config, name, getattr(config, name) >= 1, 'must be at least 1')
   for name in (
       'learning_rate', 'warmup_epochs', 'weight_decay', 'm_sharpness', 'adaptive_eta',
       'clip_norm', 'seed', 'split_seed', 'log_every', 'checkpoint_every',
+      'num_probes', 'perturb_from', 'perturb_until',
   ):
     _require(config, name, getattr(config, name) >= 0, 'must not be negative')
   if config.rho is not None:
@@ -110,9 +138,23 @@ def validate(config: Config) -> None:
       ('schedule', SCHEDULES), ('dtype', DTYPES), ('adaptive_rule', ADAPTIVE_RULES),
   ):
     require_choice(name, getattr(config, name), choices)
-  for name in ('momentum', 'label_smoothing'):
+  for name in ('momentum', 'label_smoothing', 'wsam_gamma', 'friendly_decay'):
     _require(
         config, name, 0 <= getattr(config, name) < 1, 'must be at least 0 and below 1'
+    )
+  for name in ('esam_beta', 'esam_gamma'):
+    share = getattr(config, name)
+    _require(config, name, 0 < share <= 1, 'must be above 0 and at most 1')
+  _require(config, 'det_half_width', config.det_half_width > 0, 'must be positive')
+  if config.gsam_rho_min is not None:
+    _require(
+        config, 'gsam_rho_min', 0 <= config.gsam_rho_min <= (config.rho or math.inf),
+        'must not be negative nor above --rho',
+    )
+  if config.perturb_until:
+    _require(
+        config, 'perturb_until', config.perturb_until > config.perturb_from,
+        f'must be above --perturb_from={config.perturb_from}, or 0',
     )
   _require(
       config, 'warmup_epochs', config.warmup_epochs < config.epochs,

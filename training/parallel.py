@@ -123,7 +123,7 @@ def broadcast(tree: Any) -> Any:
     if _is_key(leaf):
       data = send(jax.random.key_data(leaf))
       return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    leaf = np.ascontiguousarray(leaf)
+    leaf = np.asarray(leaf, order='C')
     # As bytes: a broadcast of float64 would round it to float32.
     raw = multihost_utils.broadcast_one_to_all(np.frombuffer(leaf.tobytes(), np.uint8))
     return np.frombuffer(np.asarray(raw).tobytes(), leaf.dtype).reshape(leaf.shape)

@@ -140,6 +140,12 @@ def _start(workdir, *flags, environment=None):
   )
 
 
+def _finish(process):
+  """Waits for the end; returns the exit code and what was printed on stderr."""
+  _, error = process.communicate(timeout=300)
+  return process.returncode, error
+
+
 def _outcome(workdir):
   arrays = checkpoints.load(workdir).arrays
   lines = (workdir / 'metrics.jsonl').read_bytes()
@@ -151,18 +157,19 @@ def test_twenty_kills_change_no_bit(tmp_path):
   flags = ['--optimizer=sam', '--epochs=20', '--checkpoint_every=7', '--log_every=11']
   environment = {'XDG_CACHE_HOME': str(tmp_path / 'cache')}
   whole = _start(tmp_path / 'whole', *flags, environment=environment)
-  assert whole.wait(300) == 0, whole.stderr.read()
+  assert _finish(whole) == (0, '')
   rng = random.Random(0)
   steps = []
   for _ in range(20):
     run = _start(tmp_path / 'killed', *flags, environment=environment)
     time.sleep(rng.uniform(0.5, 6.0))
     run.send_signal(signal.SIGKILL)
-    run.wait()
+    _finish(run)
     found = sorted((tmp_path / 'killed').glob('checkpoints/[0-9]*'))
     steps.append(max((int(p.name) for p in found if p.name.isdigit()), default=0))
   last = _start(tmp_path / 'killed', *flags, environment=environment)
-  assert last.wait(300) == 0, last.stderr.read()
+  code, error = _finish(last)
+  assert code == 0, error
   assert len(set(steps)) > 3, 'the kills did not fall inside the run'
   assert _outcome(tmp_path / 'killed') == _outcome(tmp_path / 'whole')
 
@@ -172,11 +179,11 @@ def test_sigterm_saves_and_leaves_with_143(tmp_path):
   flags = ['--epochs=4000', '--schedule=constant']
   run = _start(tmp_path / 'run', *flags)
   while not (tmp_path / 'run' / 'metrics.jsonl').exists():
-    assert run.poll() is None, run.stderr.read()
+    assert run.poll() is None
     time.sleep(0.1)
   time.sleep(3)
   run.send_signal(signal.SIGTERM)
-  assert run.wait(60) == 143
+  assert _finish(run) == (143, '')
   step = checkpoints.load(tmp_path / 'run').position['step']
   assert metrics.read(tmp_path / 'run')[-1]['step'] <= step
 
@@ -186,7 +193,7 @@ def test_two_processes_equal_two_devices(tmp_path):
   flags = ['--optimizer=sam', '--epochs=2', '--nocache']
   two = {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
   alone = _start(tmp_path / 'alone', *flags, environment=two)
-  assert alone.wait(300) == 0, alone.stderr.read()
+  assert _finish(alone) == (0, '')
   port = 20_000 + os.getpid() % 20_000
   together = [
       _start(
@@ -196,7 +203,8 @@ def test_two_processes_equal_two_devices(tmp_path):
       for i in range(2)
   ]
   for process in together:
-    assert process.wait(300) == 0, process.stderr.read()
+    code, error = _finish(process)
+    assert code == 0, error
   ours, theirs = (
       checkpoints.load(tmp_path / name).arrays for name in ('together', 'alone')
   )

@@ -38,6 +38,10 @@ def _setup(small, config, num_replicas, dropout_rate=0.3):
   return state, step.make_train_step(model, tx, config, groups), batches.epoch(0)
 
 
+def _stacked(state, num_replicas):
+  return jax.tree.map(lambda leaf: jnp.stack([leaf] * num_replicas), state)
+
+
 def _data(tree):
   """Leaves as NumPy arrays, typed keys as their data."""
   return [
@@ -59,7 +63,7 @@ def test_several_devices_equal_one_with_the_same_shards(
   replicas = parallel.DataParallel(num_replicas)
   mapped = replicas.map(train_step, donate=True)
   one_device = jax.jit(jax.vmap(train_step, axis_name=parallel.AXIS))
-  expected = jax.tree.map(jnp.asarray, replicas.replicate(state))
+  expected = _stacked(state, num_replicas)
   got = replicas.replicate(state)
   for batch in batches:
     got, got_metrics = mapped(got, batch)
@@ -122,7 +126,7 @@ def test_a_step_equals_one_written_by_hand(small, x64):
   config = _config(**_CONFIGS['sam'])
   state, train_step, batches = _setup(small, config, 2, dropout_rate=0.0)
   batch = next(batches)
-  stacked = jax.tree.map(jnp.asarray, parallel.DataParallel(2).replicate(state))
+  stacked = _stacked(state, 2)
   got, metrics = jax.jit(jax.vmap(train_step, axis_name=parallel.AXIS))(stacked, batch)
   params, batch_stats, loss, norm = _by_hand(small, config, state, batch)
   for a, b in [(got.params, params), (got.batch_stats, batch_stats)]:
@@ -140,7 +144,7 @@ def test_both_passes_drop_the_same_units(small, x64):
   # At a vanishing radius the perturbed pass repeats the clean one, masks included.
   config = _config(optimizer='sam', rho=1e-12)
   state, train_step, batches = _setup(small, config, 2, dropout_rate=0.5)
-  stacked = jax.tree.map(jnp.asarray, parallel.DataParallel(2).replicate(state))
+  stacked = _stacked(state, 2)
   run = jax.jit(jax.vmap(train_step, axis_name=parallel.AXIS))
   batch = next(batches)
   _, metrics = run(stacked, batch)
