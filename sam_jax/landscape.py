@@ -48,20 +48,20 @@ def load(path: str | os.PathLike[str]) -> Landscape:
   """Reads a landscape that `Landscape.save` wrote."""
   with np.load(path) as arrays:
     return Landscape(
-        x=arrays['x'],
-        y=arrays.get('y'),
-        loss=arrays['loss'],
-        labels=tuple(str(label) for label in arrays['labels']),
+      x=arrays['x'],
+      y=arrays.get('y'),
+      loss=arrays['loss'],
+      labels=tuple(str(label) for label in arrays['labels']),
     )
 
 
 def random_directions(
-    key: jax.Array,
-    params: Params,
-    num: int = 2,
-    *,
-    normalization: Normalization = 'filter',
-    include_vectors: bool = False,
+  key: jax.Array,
+  params: Params,
+  num: int = 2,
+  *,
+  normalization: Normalization = 'filter',
+  include_vectors: bool = False,
 ) -> tuple[Params, ...]:
   r"""Random directions, orthogonal to each other, in the scale of the parameters.
 
@@ -103,7 +103,7 @@ def random_directions(
   """
   if normalization not in ('filter', 'layer', 'none'):
     raise ValueError(
-        f"normalization={normalization!r}: give 'filter', 'layer' or 'none'"
+      f"normalization={normalization!r}: give 'filter', 'layer' or 'none'"
     )
   if num < 1:
     raise ValueError(f'num={num}: give at least one direction')
@@ -113,19 +113,20 @@ def random_directions(
   room = sum(leaf.size for leaf, move in zip(leaves, moved, strict=True) if move)
   if room < num:
     raise ValueError(
-        f'num={num}: only {room} parameters would be moved; include_vectors=True '
-        'moves biases too'
+      f'num={num}: only {room} parameters would be moved; include_vectors=True '
+      'moves biases too'
     )
   keys = jax.random.split(key, len(leaves))
   groups = [_filters(leaf, num, normalization) for leaf in leaves]
   drawn = [
-      _draw(leaf_key, group, num, normalization) if move
-      else jnp.zeros((num, *leaf.shape), leaf.dtype)
-      for leaf_key, group, leaf, move in zip(keys, groups, leaves, moved, strict=True)
+    _draw(leaf_key, group, num, normalization)
+    if move
+    else jnp.zeros((num, *leaf.shape), leaf.dtype)
+    for leaf_key, group, leaf, move in zip(keys, groups, leaves, moved, strict=True)
   ]
   directions = [
-      [draw[i].reshape(leaf.shape) for draw, leaf in zip(drawn, leaves, strict=True)]
-      for i in range(num)
+    [draw[i].reshape(leaf.shape) for draw, leaf in zip(drawn, leaves, strict=True)]
+    for i in range(num)
   ]
   if normalization == 'none':
     kept = [leaf * move for leaf, move in zip(leaves, moved, strict=True)]
@@ -134,15 +135,15 @@ def random_directions(
 
 
 def line(
-    loss_fn: LossFn,
-    params: Params,
-    direction: Params,
-    x: Sequence[float] | np.ndarray,
-    batches: Iterable[Batch],
-    *,
-    weight: Callable[[Batch], float] | None = None,
-    label: str = 'direction 1',
-    progress: Callable[[int, int], None] | None = None,
+  loss_fn: LossFn,
+  params: Params,
+  direction: Params,
+  x: Sequence[float] | np.ndarray,
+  batches: Iterable[Batch],
+  *,
+  weight: Callable[[Batch], float] | None = None,
+  label: str = 'direction 1',
+  progress: Callable[[int, int], None] | None = None,
 ) -> Landscape:
   """The mean loss at ``params + x * direction``.
 
@@ -173,16 +174,16 @@ def line(
 
 
 def surface(
-    loss_fn: LossFn,
-    params: Params,
-    directions: tuple[Params, Params],
-    x: Sequence[float] | np.ndarray,
-    y: Sequence[float] | np.ndarray,
-    batches: Iterable[Batch],
-    *,
-    weight: Callable[[Batch], float] | None = None,
-    labels: tuple[str, str] = ('direction 1', 'direction 2'),
-    progress: Callable[[int, int], None] | None = None,
+  loss_fn: LossFn,
+  params: Params,
+  directions: tuple[Params, Params],
+  x: Sequence[float] | np.ndarray,
+  y: Sequence[float] | np.ndarray,
+  batches: Iterable[Batch],
+  *,
+  weight: Callable[[Batch], float] | None = None,
+  labels: tuple[str, str] = ('direction 1', 'direction 2'),
+  progress: Callable[[int, int], None] | None = None,
 ) -> Landscape:
   """The mean loss at ``params + x * directions[0] + y * directions[1]``.
 
@@ -246,8 +247,9 @@ def _collect(pending, loss, progress, done, total) -> int:
 def _move(params, directions, coordinates):
   for direction, coordinate in zip(directions, coordinates, strict=True):
     params = jax.tree.map(
-        lambda p, d, c=coordinate: (p + c * d).astype(jnp.result_type(p)),
-        params, direction,
+      lambda p, d, c=coordinate: (p + c * d).astype(jnp.result_type(p)),
+      params,
+      direction,
     )
   return params
 
@@ -290,7 +292,7 @@ def _orthogonal(directions, kept):
       for other in result:
         dot = sum(jnp.vdot(a, b) for a, b in zip(other, direction, strict=True))
         direction = [
-            d - dot / size**2 * o for d, o in zip(direction, other, strict=True)
+          d - dot / size**2 * o for d, o in zip(direction, other, strict=True)
         ]
     factor = size / _norm(direction)
     result.append([factor * d for d in direction])

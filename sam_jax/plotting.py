@@ -25,9 +25,9 @@ _NUM_LEVELS = 12
 
 
 def spectral_density(
-    result: density_lib.SpectralDensity | Mapping[str, density_lib.SpectralDensity],
-    *,
-    title: str = '',
+  result: density_lib.SpectralDensity | Mapping[str, density_lib.SpectralDensity],
+  *,
+  title: str = '',
 ) -> Figure:
   """The density of eigenvalues on a log scale, its band and the outliers.
 
@@ -45,12 +45,25 @@ def spectral_density(
   floor = min(0.4 / (d.size * d.sigma) for d in panels.values())
   for index, (ax, (name, density)) in enumerate(zip(axes, panels.items(), strict=True)):
     color = _COLORS[index % len(_COLORS)]
-    ax.fill_between(density.grid, density.lower, density.upper, color=color, alpha=0.3,
-                    linewidth=0, label='95 % band over probes')
+    ax.fill_between(
+      density.grid,
+      density.lower,
+      density.upper,
+      color=color,
+      alpha=0.3,
+      linewidth=0,
+      label='95 % band over probes',
+    )
     ax.plot(density.grid, density.density, color=color, linewidth=1.3)
-    ax.plot(density.outliers, np.full(len(density.outliers), 0.35 * floor), 'v',
-            color='black', markersize=5, clip_on=False,
-            label=f'{len(density.outliers)} converged eigenvalues')
+    ax.plot(
+      density.outliers,
+      np.full(len(density.outliers), 0.35 * floor),
+      'v',
+      color='black',
+      markersize=5,
+      clip_on=False,
+      label=f'{len(density.outliers)} converged eigenvalues',
+    )
     ax.axvline(0, color='0.6', linewidth=0.6, linestyle=':')
     ax.set_yscale('log')
     ax.set_xlabel('eigenvalue')
@@ -64,10 +77,10 @@ def spectral_density(
 
 
 def landscape(
-    result: Landscape | Mapping[str, Landscape],
-    kind: Kind = 'contour',
-    *,
-    title: str = '',
+  result: Landscape | Mapping[str, Landscape],
+  kind: Kind = 'contour',
+  *,
+  title: str = '',
 ) -> Figure:
   """The loss along one or two directions.
 
@@ -104,8 +117,13 @@ def _lines(panels: Mapping[str, Landscape]) -> Figure:
   figure = _figure(5.6, 3.6)
   ax = figure.subplots()
   for index, (name, item) in enumerate(panels.items()):
-    ax.plot(item.x, item.loss, label=name, color=_COLORS[index % len(_COLORS)],
-            linestyle=_STYLES[index % len(_STYLES)])
+    ax.plot(
+      item.x,
+      item.loss,
+      label=name,
+      color=_COLORS[index % len(_COLORS)],
+      linestyle=_STYLES[index % len(_STYLES)],
+    )
   ax.set_xlabel(item.labels[0])
   ax.set_ylabel('loss')
   if len(panels) > 1:
@@ -128,8 +146,15 @@ def _surfaces(panels: Mapping[str, Landscape], kind: Kind) -> Figure:
     ax.set_ylabel(item.labels[1])
     axes.append(ax)
   ticks = {} if perspective else {'ticks': levels[::2]}
-  figure.colorbar(drawn, ax=axes, label='loss', shrink=0.75, format='%.3g',
-                  pad=0.1 if perspective else 0.02, **ticks)
+  figure.colorbar(
+    drawn,
+    ax=axes,
+    label='loss',
+    shrink=0.75,
+    format='%.3g',
+    pad=0.1 if perspective else 0.02,
+    **ticks,
+  )
   return figure
 
 
@@ -148,8 +173,9 @@ def _paint_contour(ax: Axes, item: Landscape, levels: np.ndarray):
 
   norm = BoundaryNorm(levels, 256, extend='max')
   loss = _shown(item, np.inf)
-  filled = ax.contourf(item.x, item.y, loss, levels, cmap='viridis', norm=norm,
-                       extend='max', alpha=0.75)
+  filled = ax.contourf(
+    item.x, item.y, loss, levels, cmap='viridis', norm=norm, extend='max', alpha=0.75
+  )
   if item.loss.size > 1 and np.isfinite(loss).any():
     drawn = ax.contour(item.x, item.y, loss, levels[1:], colors='black', linewidths=0.6)
     ax.clabel(drawn, fontsize=7, fmt='%.3g')
@@ -171,11 +197,21 @@ def _paint_heatmap(ax: Axes, item: Landscape, levels: np.ndarray):
 def _paint_surface(ax: Axes, item: Landscape, levels: np.ndarray):
   x, y = np.meshgrid(item.x, item.y)
   drawn = ax.plot_surface(
-      x, y, _shown(item, levels[-1]), cmap='viridis', vmin=levels[0], vmax=levels[-1],
-      edgecolor='black', linewidth=0.2, rcount=60, ccount=60, antialiased=True,
+    x,
+    y,
+    _shown(item, levels[-1]),
+    cmap='viridis',
+    vmin=levels[0],
+    vmax=levels[-1],
+    edgecolor='black',
+    linewidth=0.2,
+    rcount=60,
+    ccount=60,
+    antialiased=True,
   )
   ax.set_zlim(levels[0], levels[-1])
   ax.set_zlabel('loss')
+  ax.locator_params(nbins=5)
   ax.view_init(elev=35, azim=-60)
   return drawn
 
@@ -188,7 +224,7 @@ def _shown(item: Landscape, cap: float) -> np.ndarray:
 
 
 _PAINTERS = {
-    'contour': _paint_contour,
-    'surface': _paint_surface,
-    'heatmap': _paint_heatmap,
+  'contour': _paint_contour,
+  'surface': _paint_surface,
+  'heatmap': _paint_heatmap,
 }

@@ -31,19 +31,18 @@ class _Column(NamedTuple):
   heading: str
   path: tuple[str, ...]
   scale: float = 1.0
-  digits: int = 4
 
 
 _COLUMNS = (
   _Column('train loss', ('evaluation', 'train_loss')),
-  _Column('train acc. %', ('evaluation', 'train_accuracy'), 100, 2),
+  _Column('train acc. %', ('evaluation', 'train_accuracy'), 100),
   _Column('test loss', ('evaluation', 'test_loss')),
-  _Column('test acc. %', ('evaluation', 'test_accuracy'), 100, 2),
+  _Column('test acc. %', ('evaluation', 'test_accuracy'), 100),
   _Column('gap', ('evaluation', 'generalization_gap')),
-  _Column('lambda_max', ('lambda_max',), 1, 3),
-  _Column('lambda_min', ('lambda_min',), 1, 3),
-  _Column('ratio', ('lambda_max_over_abs_lambda_min',), 1, 1),
-  _Column('adaptive', ('adaptive_sharpness',), 1, 3),
+  _Column('lambda_max', ('lambda_max',)),
+  _Column('lambda_min', ('lambda_min',)),
+  _Column('ratio', ('lambda_max_over_abs_lambda_min',)),
+  _Column('adaptive', ('adaptive_sharpness',)),
 )
 
 
@@ -136,8 +135,17 @@ def _cell(members: list[Run], column: _Column) -> str:
     mean = values[0]
     *parents, name = column.path
     error = _get(members[0].summary, (*parents, f'{name}_standard_error'))
-  text = f'{column.scale * mean:.{column.digits}f}'
-  return text if error is None else f'{text} ± {column.scale * error:.{column.digits}f}'
+  mean *= column.scale
+  if error is None:
+    return _number(mean)
+  error *= column.scale
+  digits = _decimals(error)
+  return f'{mean:.{digits}f} ± {error:.{digits}f}'
+
+
+def _decimals(error: float) -> int:
+  """Decimals that show two digits of an error."""
+  return max(0, 1 - math.floor(math.log10(error))) if error > 0 else 4
 
 
 def _get(summary: dict[str, Any], path: tuple[str, ...]) -> Any:

@@ -39,11 +39,11 @@ class Layout:
   def of(cls, structure: Any) -> Layout:
     leaves, treedef = jax.tree.flatten(structure)
     return cls(
-        treedef=treedef,
-        shapes=tuple(leaf.shape for leaf in leaves),
-        dtypes=tuple(np.dtype(leaf.dtype) for leaf in leaves),
-        dtype=np.dtype(jnp.promote_types(jnp.result_type(*leaves), jnp.float32)),
-        size=sum(math.prod(leaf.shape) for leaf in leaves),
+      treedef=treedef,
+      shapes=tuple(leaf.shape for leaf in leaves),
+      dtypes=tuple(np.dtype(leaf.dtype) for leaf in leaves),
+      dtype=np.dtype(jnp.promote_types(jnp.result_type(*leaves), jnp.float32)),
+      size=sum(math.prod(leaf.shape) for leaf in leaves),
     )
 
   @property
@@ -139,7 +139,7 @@ class Basis:
 
 
 def orthogonalise(
-    vector: jax.Array, *bases: Basis
+  vector: jax.Array, *bases: Basis
 ) -> tuple[jax.Array, list[np.ndarray]]:
   """Two passes of classical Gram-Schmidt; donates the vector.
 
@@ -212,8 +212,8 @@ def _unpack(layout, vector):
   sizes = [math.prod(shape) for shape in layout.shapes]
   flat = jnp.split(vector.ravel()[: layout.size], np.cumsum(sizes)[:-1])
   leaves = [
-      part.reshape(shape).astype(dtype)
-      for part, shape, dtype in zip(flat, layout.shapes, layout.dtypes, strict=True)
+    part.reshape(shape).astype(dtype)
+    for part, shape, dtype in zip(flat, layout.shapes, layout.dtypes, strict=True)
   ]
   return jax.tree.unflatten(layout.treedef, leaves)
 

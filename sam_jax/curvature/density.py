@@ -52,15 +52,15 @@ class SpectralDensity:
 
 
 def spectral_density(
-    operator: operators.Operator,
-    num_matvecs: int = 80,
-    num_probes: int = 6,
-    *,
-    key: jax.Array | None = None,
-    pairs: eigen.Eigenpairs | None = None,
-    sigma: float | None = None,
-    tol: float = 1e-4,
-    max_basis_gib: float = 8.0,
+  operator: operators.Operator,
+  num_matvecs: int = 80,
+  num_probes: int = 6,
+  *,
+  key: jax.Array | None = None,
+  pairs: eigen.Eigenpairs | None = None,
+  sigma: float | None = None,
+  tol: float = 1e-4,
+  max_basis_gib: float = 8.0,
 ) -> SpectralDensity:
   r"""Density of the eigenvalues, with a band over the probes.
 
@@ -103,7 +103,7 @@ def spectral_density(
   """
   if num_matvecs < 1 or num_probes < 1:
     raise ValueError(
-        f'num_matvecs={num_matvecs}, num_probes={num_probes}: give at least 1 of each'
+      f'num_matvecs={num_matvecs}, num_probes={num_probes}: give at least 1 of each'
     )
   key = jax.random.key(0) if key is None else key
   first = operator.num_matvecs
@@ -111,15 +111,15 @@ def spectral_density(
   need = (2 * num_matvecs + 6) * layout.vector_bytes / 2**30
   if need > max_basis_gib:
     raise ValueError(
-        f'max_basis_gib={max_basis_gib:g}: {num_matvecs} Lanczos vectors of size '
-        f'{operator.size:,} need {need:.2g} GiB; allow that, or take fewer'
+      f'max_basis_gib={max_basis_gib:g}: {num_matvecs} Lanczos vectors of size '
+      f'{operator.size:,} need {need:.2g} GiB; allow that, or take fewer'
     )
   quadratures = []
   if pairs is None:
     outliers, locked, quadrature = _first_probe(operator, layout, num_matvecs, key, tol)
     quadratures.append(quadrature)
   else:
-    outliers, locked = _known(layout, pairs)
+    outliers, locked = pairs.known(layout)
   share = 1 - len(outliers) / operator.size
   for index in range(len(quadratures), num_probes if share > 0 else 0):
     start = layout.normal(jax.random.fold_in(key, index))
@@ -134,7 +134,7 @@ def spectral_density(
 def _first_probe(operator, layout, num_matvecs, key, tol):
   """Outliers, their basis, and the quadrature of one probe without them."""
   decomposition = lanczos.Decomposition(
-      operator, layout.normal(jax.random.fold_in(key, 0))
+    operator, layout.normal(jax.random.fold_in(key, 0))
   )
   decomposition.grow(num_matvecs)
   values, vectors, bounds = decomposition.ritz()
@@ -148,15 +148,6 @@ def _first_probe(operator, layout, num_matvecs, key, tol):
   rest = weights[~chosen]
   rest = share * rest / max(rest.sum(), np.finfo(float).tiny)
   return values[chosen], locked, (values[~chosen], rest)
-
-
-def _known(layout, pairs):
-  chosen = np.flatnonzero(pairs.converged)
-  locked = basis_lib.Basis(layout)
-  for index in chosen:
-    vector = layout.pack(pairs.eigenvectors[index])
-    locked.append(basis_lib.orthonormal(vector, locked))
-  return pairs.eigenvalues[chosen], locked
 
 
 def _stack(quadratures):
@@ -183,19 +174,33 @@ def _smooth(outliers, nodes, weights, sigma, num_matvecs, operator, first):
   exact = np.zeros(count)
   for value in outliers:
     exact += _kernel(grid, value, sigma) / operator.size
-  curves = np.stack([
-      exact + sum(
+  curves = (
+    np.stack(
+      [
+        exact
+        + sum(
           (w * _kernel(grid, x, sigma) for x, w in zip(*row, strict=True)),
           np.zeros(count),
-      )
-      for row in zip(nodes, weights, strict=True)
-  ]) if len(nodes) else exact[None]
+        )
+        for row in zip(nodes, weights, strict=True)
+      ]
+    )
+    if len(nodes)
+    else exact[None]
+  )
   mean, error = _mean_and_error(curves)
   margin = _student(len(curves) - 1) * error
   return SpectralDensity(
-      outliers=outliers, nodes=nodes, weights=weights, grid=grid, density=mean,
-      lower=np.maximum(mean - margin, 0), upper=mean + margin, sigma=sigma,
-      size=operator.size, num_matvecs=operator.num_matvecs - first,
+    outliers=outliers,
+    nodes=nodes,
+    weights=weights,
+    grid=grid,
+    density=mean,
+    lower=np.maximum(mean - margin, 0),
+    upper=mean + margin,
+    sigma=sigma,
+    size=operator.size,
+    num_matvecs=operator.num_matvecs - first,
   )
 
 
@@ -216,6 +221,6 @@ def _student(freedom: int) -> float:
   if freedom <= len(_STUDENT):
     return _STUDENT[freedom - 1]
   z = 1.959964
-  return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (
-      96 * freedom**2
+  return (
+    z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
   )

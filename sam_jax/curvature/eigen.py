@@ -64,20 +64,29 @@ class Eigenpairs:
   num_matvecs: int
   verified: bool
 
+  def known(self, layout: basis_lib.Layout) -> tuple[np.ndarray, basis_lib.Basis]:
+    """The converged eigenvalues, and a basis of their eigenvectors."""
+    chosen = np.flatnonzero(self.converged)
+    basis = basis_lib.Basis(layout)
+    for index in chosen:
+      vector = layout.pack(self.eigenvectors[index])
+      basis.append(basis_lib.orthonormal(vector, basis))
+    return self.eigenvalues[chosen], basis
+
 
 def eigenpairs(
-    operator: operators.Operator,
-    k: int = 5,
-    which: Which = 'both',
-    *,
-    tol: float = 1e-4,
-    key: jax.Array | None = None,
-    start: Any = None,
-    max_num_matvecs: int = 1000,
-    max_basis_gib: float = 8.0,
-    max_basis_size: int = 400,
-    verify: bool = True,
-    progress: Callable[[Progress], None] | None = None,
+  operator: operators.Operator,
+  k: int = 5,
+  which: Which = 'both',
+  *,
+  tol: float = 1e-4,
+  key: jax.Array | None = None,
+  start: Any = None,
+  max_num_matvecs: int = 1000,
+  max_basis_gib: float = 8.0,
+  max_basis_size: int = 400,
+  verify: bool = True,
+  progress: Callable[[Progress], None] | None = None,
 ) -> Eigenpairs:
   r"""Extreme eigenvalues of an operator by thick-restart Lanczos, to a tolerance.
 
@@ -160,8 +169,8 @@ class _Search:
     self._last_matvec = operator.num_matvecs + max_num_matvecs - self.num_wanted
     if max_num_matvecs <= self.num_wanted:
       raise ValueError(
-          f'max_num_matvecs={max_num_matvecs}: {self.num_wanted} pairs need more than '
-          f'{self.num_wanted} products'
+        f'max_num_matvecs={max_num_matvecs}: {self.num_wanted} pairs need more than '
+        f'{self.num_wanted} products'
       )
 
   def limit_basis(self, max_gib: float, max_size: int) -> None:
@@ -174,14 +183,14 @@ class _Search:
     if rows * 2 // 3 < smallest:
       need = (smallest * 3 / 2 + 1 + overhead) * self.layout.vector_bytes / 2**30
       raise ValueError(
-          f'max_basis_gib={max_gib:g}: {self.num_wanted} eigenpairs of size '
-          f'{self.operator.size:,} need at least {need:.2g} GiB; allow that, or ask '
-          'for fewer pairs'
+        f'max_basis_gib={max_gib:g}: {self.num_wanted} eigenpairs of size '
+        f'{self.operator.size:,} need at least {need:.2g} GiB; allow that, or ask '
+        'for fewer pairs'
       )
     if max_size < smallest:
       raise ValueError(
-          f'max_basis_size={max_size}: {self.num_wanted} eigenpairs need at least '
-          f'{smallest}'
+        f'max_basis_size={max_size}: {self.num_wanted} eigenpairs need at least '
+        f'{smallest}'
       )
     self._capacity = min(rows * 2 // 3, max_size)
 
@@ -193,7 +202,7 @@ class _Search:
   def run(self, start: jax.Array) -> bool:
     """Searches the complement of the found pairs; False if products ran out."""
     self.decomposition = lanczos.Decomposition(
-        self.operator, start, self.locked, self.scale
+      self.operator, start, self.locked, self.scale
     )
     thresholds = [self._threshold(sign) for sign in self.signs]
     while True:
@@ -209,8 +218,8 @@ class _Search:
       self.scale = max(self.scale, float(np.abs(values).max()))
       self._report(values, bounds)
       ends = [
-          self._examine(sign, threshold, values, bounds)
-          for sign, threshold in zip(self.signs, thresholds, strict=True)
+        self._examine(sign, threshold, values, bounds)
+        for sign, threshold in zip(self.signs, thresholds, strict=True)
       ]
       if all(done for done, _ in ends):
         self.num_found += len(set().union(*(pairs for _, pairs in ends)))
@@ -258,15 +267,15 @@ class _Search:
     self.scale = max(self.scale, float(np.abs(values).max()))
     residuals = np.array(residuals)
     return Eigenpairs(
-        eigenvalues=values,
-        eigenvectors=tuple(trees),
-        residuals=residuals,
-        bounds=bounds[order],
-        converged=residuals <= self.tol * self.scale,
-        scale=self.scale,
-        tol=self.tol,
-        num_matvecs=self.operator.num_matvecs - self._first_matvec,
-        verified=verified,
+      eigenvalues=values,
+      eigenvectors=tuple(trees),
+      residuals=residuals,
+      bounds=bounds[order],
+      converged=residuals <= self.tol * self.scale,
+      scale=self.scale,
+      tol=self.tol,
+      num_matvecs=self.operator.num_matvecs - self._first_matvec,
+      verified=verified,
     )
 
   def _threshold(self, sign: int) -> float:
@@ -335,13 +344,15 @@ class _Search:
     chosen = self._wanted(values)
     enough = len(chosen) >= self.num_wanted
     residual = bounds[chosen].max() / (self.scale or 1.0) if enough else np.inf
-    self.progress(Progress(
+    self.progress(
+      Progress(
         num_matvecs=self.operator.num_matvecs - self._first_matvec,
         residual=float(residual),
         num_converged=int((bounds[chosen] <= self._target).sum()),
         num_wanted=self.num_wanted,
         eigenvalues=np.sort(values[chosen])[::-1],
-    ))
+      )
+    )
 
 
 def _start_vector(layout: basis_lib.Layout, start: Any, key: jax.Array) -> jax.Array:
@@ -356,7 +367,7 @@ def _start_vector(layout: basis_lib.Layout, start: Any, key: jax.Array) -> jax.A
 
 
 def _generalised_eigh(
-    matrix: np.ndarray, gram: np.ndarray
+  matrix: np.ndarray, gram: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
   """Solves M s = theta G s; theta descending, columns with s^T G s = 1."""
   lower = np.linalg.cholesky(gram)

@@ -28,11 +28,11 @@ class Decomposition:
   """
 
   def __init__(
-      self,
-      operator: operators.Operator,
-      start: jax.Array,
-      locked: basis_lib.Basis | None = None,
-      scale: float = 0.0,
+    self,
+    operator: operators.Operator,
+    start: jax.Array,
+    locked: basis_lib.Basis | None = None,
+    scale: float = 0.0,
   ):
     self.operator = operator
     self.layout = basis_lib.Layout.of(operator.structure)
@@ -59,8 +59,8 @@ class Decomposition:
     beta = basis_lib.norm(rest)
     if not (np.isfinite(beta) and np.isfinite(inside).all()):
       raise basis_lib.NonFiniteError(
-          'a product with the operator is not finite: the parameters, the data or the '
-          'loss hold NaN or infinity'
+        'a product with the operator is not finite: the parameters, the data or the '
+        'loss hold NaN or infinity'
       )
     projected = np.zeros((size + 1, size + 1))
     projected[:size, :size] = self.projected

@@ -17,7 +17,7 @@ LossFn = Callable[[Params, Batch], jax.Array]
 
 
 def hvp(
-    loss_fn: Callable[[Params], jax.Array], params: Params, vector: Params
+  loss_fn: Callable[[Params], jax.Array], params: Params, vector: Params
 ) -> Params:
   r"""Product of the Hessian of a loss with a vector, exact (forward over reverse).
 
@@ -116,11 +116,11 @@ class HessianOperator(Operator):
 
 
 def hessian(
-    loss_fn: LossFn,
-    params: Params,
-    batches: Iterable[Batch],
-    *,
-    weight: Callable[[Batch], float] | None = None,
+  loss_fn: LossFn,
+  params: Params,
+  batches: Iterable[Batch],
+  *,
+  weight: Callable[[Batch], float] | None = None,
 ) -> HessianOperator:
   r"""The Hessian of the mean loss over a data set, as an operator.
 
@@ -179,11 +179,12 @@ def preconditioned(inner: Operator, scale: Params) -> Operator:
   References:
     Kwon et al., ASAM, arXiv 2102.11600.
   """
-  scale = jax.tree.map(lambda s, like: jnp.asarray(s, like.dtype), scale,
-                       inner.structure)
+  scale = jax.tree.map(
+    lambda s, like: jnp.asarray(s, like.dtype), scale, inner.structure
+  )
   return Operator(
-      lambda vector: _multiply(scale, inner.matvec(_multiply(scale, vector))),
-      inner.structure,
+    lambda vector: _multiply(scale, inner.matvec(_multiply(scale, vector))),
+    inner.structure,
   )
 
 
@@ -196,8 +197,9 @@ class WeightedBatches:
     total: number of examples in all batches.
   """
 
-  def __init__(self, batches: Iterable[Batch],
-               weight: Callable[[Batch], float] | None = None):
+  def __init__(
+    self, batches: Iterable[Batch], weight: Callable[[Batch], float] | None = None
+  ):
     self._weight = weight or _leading_dimension
     if isinstance(batches, list | tuple | Iterator):
       batches = [jax.device_put(batch) for batch in batches]
@@ -205,13 +207,13 @@ class WeightedBatches:
     weights = [float(self._weight(batch)) for batch in batches]
     if not all(math.isfinite(w) and w >= 0 for w in weights):
       raise ValueError(
-          f'weight= answered {weights}: it must give the number of examples of a '
-          'batch, finite and not negative'
+        f'weight= answered {weights}: it must give the number of examples of a '
+        'batch, finite and not negative'
       )
     self.total = sum(weights)
     if not self.total:
       raise ValueError(
-          'batches holds no examples: give at least one batch with a weight above 0'
+        'batches holds no examples: give at least one batch with a weight above 0'
       )
     self._fractions = [w / self.total for w in weights]
 
@@ -236,8 +238,8 @@ def _leading_dimension(batch: Batch) -> int:
   leaves = jax.tree.leaves(batch)
   if not leaves or not np.ndim(leaves[0]):
     raise ValueError(
-        'the first leaf of a batch has no leading dimension: pass weight= with the '
-        'number of examples of a batch'
+      'the first leaf of a batch has no leading dimension: pass weight= with the '
+      'number of examples of a batch'
     )
   return np.shape(leaves[0])[0]
 
@@ -247,8 +249,8 @@ def _describe(leaf: Any) -> jax.ShapeDtypeStruct:
     leaf = jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
   if not jnp.issubdtype(leaf.dtype, jnp.floating):
     raise TypeError(
-        f'a leaf of the parameters has dtype {leaf.dtype}: only real floating-point '
-        'parameters have curvature; leave the others out'
+      f'a leaf of the parameters has dtype {leaf.dtype}: only real floating-point '
+      'parameters have curvature; leave the others out'
     )
   return leaf
 

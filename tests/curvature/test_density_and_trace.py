@@ -27,7 +27,7 @@ def test_outliers_are_exact_and_the_rest_within_the_band():
   for outlier in _OUTLIERS:
     assert np.abs(result.outliers - outlier).min() < 1e-3
   np.testing.assert_allclose(
-      result.weights.sum(1) + len(result.outliers) / len(_SPECTRUM), 1, rtol=1e-12
+    result.weights.sum(1) + len(result.outliers) / len(_SPECTRUM), 1, rtol=1e-12
   )
   truth = _smoothed(_SPECTRUM, result.grid, result.sigma)
   inside = (result.lower <= truth + 1e-9) & (truth <= result.upper + 1e-9)
@@ -84,14 +84,23 @@ def test_trace_is_within_its_standard_error():
   assert all(e.num_matvecs == 40 for e in estimates)
 
 
+def test_trace_takes_known_pairs_out_of_its_variance():
+  operator = _operator(_SPECTRUM)
+  pairs = curvature.eigenpairs(operator, 4)
+  known = curvature.trace(operator, 20, pairs=pairs)
+  assert known.num_matvecs == 20
+  assert abs(known.value - _SPECTRUM.sum()) < 4 * known.standard_error
+  assert known.standard_error < 0.2 * np.sqrt(2 / 20 * (_SPECTRUM**2).sum())
+
+
 @pytest.mark.parametrize(
-    ('call', 'message'),
-    [
-        (lambda op: curvature.trace(op, 3), 'num_matvecs=3'),
-        (lambda op: curvature.spectral_density(op, 0), 'num_matvecs=0'),
-        (lambda op: curvature.spectral_density(op, 5, sigma=0.0), 'sigma=0.0'),
-        (lambda op: curvature.spectral_density(op, 5, max_basis_gib=1e-9), 'GiB'),
-    ],
+  ('call', 'message'),
+  [
+    (lambda op: curvature.trace(op, 3), 'num_matvecs=3'),
+    (lambda op: curvature.spectral_density(op, 0), 'num_matvecs=0'),
+    (lambda op: curvature.spectral_density(op, 5, sigma=0.0), 'sigma=0.0'),
+    (lambda op: curvature.spectral_density(op, 5, max_basis_gib=1e-9), 'GiB'),
+  ],
 )
 def test_wrong_arguments_are_named(call, message):
   with pytest.raises(ValueError, match=message):

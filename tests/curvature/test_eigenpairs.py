@@ -24,9 +24,9 @@ def _small_network():
   """A network of 148 parameters in float64, and its data."""
   rng = np.random.default_rng(0)
   params = [
-      (jnp.asarray(rng.normal(size=(6, 12))), jnp.asarray(rng.normal(size=12))),
-      (jnp.asarray(rng.normal(size=(12, 4)) / 2), jnp.zeros(4)),
-      jnp.asarray(rng.normal(size=(4, 3))),
+    (jnp.asarray(rng.normal(size=(6, 12))), jnp.asarray(rng.normal(size=12))),
+    (jnp.asarray(rng.normal(size=(12, 4)) / 2), jnp.zeros(4)),
+    jnp.asarray(rng.normal(size=(4, 3))),
   ]
   x = jnp.asarray(rng.normal(size=(40, 6)))
   return params, (x, jnp.argmax(x[:, :3], axis=1))
@@ -70,10 +70,10 @@ def test_network_equals_dense_scipy_and_matfree(network):
 
   tridiagonal = matfree.decomp.tridiag_sym(80)
   matfrees = matfree.eig.eigh_partial(tridiagonal)(
-      lambda v: dense @ v, jnp.ones(len(dense))
+    lambda v: dense @ v, jnp.ones(len(dense))
   )[0]
   np.testing.assert_allclose(
-      result.eigenvalues, _ends(np.asarray(matfrees), 5), atol=1e-6 * scale
+    result.eigenvalues, _ends(np.asarray(matfrees), 5), atol=1e-6 * scale
   )
 
 
@@ -105,16 +105,16 @@ _BULK = np.random.default_rng(0).uniform(-0.5, 1, 500)
 
 
 @pytest.mark.parametrize(
-    ('values', 'k'),
-    [
-        pytest.param(np.r_[9, 9, 9, 7, 7, 7, 7, -2, -2, -2, _BULK], 5, id='repeated'),
-        pytest.param(np.r_[40.1, 40, 39, _BULK, np.zeros(7)], 2, id='close'),
-        pytest.param(np.r_[np.zeros(480), _BULK[:30] + 1], 4, id='singular'),
-        pytest.param(-np.abs(np.r_[_BULK, np.arange(2, 12)]), 3, id='negative'),
-        pytest.param(np.random.default_rng(1).normal(size=510), 8, id='bulk-edges'),
-        pytest.param(np.zeros(510), 3, id='zero'),
-        pytest.param(np.array([3.0, 3.0, 3.0, 1.0]), 2, id='all-of-them'),
-    ],
+  ('values', 'k'),
+  [
+    pytest.param(np.r_[9, 9, 9, 7, 7, 7, 7, -2, -2, -2, _BULK], 5, id='repeated'),
+    pytest.param(np.r_[40.1, 40, 39, _BULK, np.zeros(7)], 2, id='close'),
+    pytest.param(np.r_[np.zeros(480), _BULK[:30] + 1], 4, id='singular'),
+    pytest.param(-np.abs(np.r_[_BULK, np.arange(2, 12)]), 3, id='negative'),
+    pytest.param(np.random.default_rng(1).normal(size=510), 8, id='bulk-edges'),
+    pytest.param(np.zeros(510), 3, id='zero'),
+    pytest.param(np.array([3.0, 3.0, 3.0, 1.0]), 2, id='all-of-them'),
+  ],
 )
 @pytest.mark.parametrize('max_basis_size', [400, 44])
 def test_prescribed_spectra_with_their_multiplicity(x64, values, k, max_basis_size):
@@ -145,7 +145,7 @@ def test_warm_start_needs_fewer_products(network):
   operator, dense, _ = network
   cold = curvature.eigenpairs(operator, 3, 'largest', tol=1e-6, verify=False)
   warm = curvature.eigenpairs(
-      operator, 3, 'largest', tol=1e-5, verify=False, start=cold
+    operator, 3, 'largest', tol=1e-5, verify=False, start=cold
   )
   np.testing.assert_allclose(warm.eigenvalues, cold.eigenvalues, atol=1e-5)
   assert warm.num_matvecs <= 8 < cold.num_matvecs
@@ -180,16 +180,16 @@ def test_not_finite_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        ({'which': 'top'}, "which='top'"),
-        ({'k': 0}, 'k=0'),
-        ({'k': 101}, 'k=101'),
-        ({'tol': 0.0}, 'tol=0.0'),
-        ({'max_num_matvecs': 3}, 'max_num_matvecs=3'),
-        ({'max_basis_gib': 1e-6}, r'max_basis_gib=1e-06.*GiB'),
-        ({'max_basis_size': 10}, 'max_basis_size=10'),
-    ],
+  ('arguments', 'message'),
+  [
+    ({'which': 'top'}, "which='top'"),
+    ({'k': 0}, 'k=0'),
+    ({'k': 101}, 'k=101'),
+    ({'tol': 0.0}, 'tol=0.0'),
+    ({'max_num_matvecs': 3}, 'max_num_matvecs=3'),
+    ({'max_basis_gib': 1e-6}, r'max_basis_gib=1e-06.*GiB'),
+    ({'max_basis_size': 10}, 'max_basis_size=10'),
+  ],
 )
 def test_wrong_arguments_are_named(arguments, message):
   operator = _diagonal(np.ones(100), jnp.float32)

@@ -12,11 +12,11 @@ from sam_jax import curvature
 def _network(key, dtype=jnp.float32):
   first, second = jax.random.split(key)
   return {
-      'in': {
-          'kernel': jax.random.normal(first, (4, 5), dtype),
-          'bias': jnp.ones(5, dtype),
-      },
-      'out': [jax.random.normal(second, (5, 3), dtype)],
+    'in': {
+      'kernel': jax.random.normal(first, (4, 5), dtype),
+      'bias': jnp.ones(5, dtype),
+    },
+    'out': [jax.random.normal(second, (5, 3), dtype)],
   }
 
 
@@ -29,8 +29,8 @@ def _loss(params, batch):
 
 def _batch(key, size, dtype=jnp.float32):
   return {
-      'x': jax.random.normal(key, (size, 4), dtype),
-      'y': jax.random.randint(jax.random.fold_in(key, 1), (size,), 0, 3),
+    'x': jax.random.normal(key, (size, 4), dtype),
+    'y': jax.random.randint(jax.random.fold_in(key, 1), (size,), 0, 3),
   }
 
 
@@ -41,10 +41,12 @@ def _dense(params, batch):
 
 def _columns(operator):
   flat, unravel = ravel_pytree(operator.params)
-  return np.stack([
+  return np.stack(
+    [
       ravel_pytree(operator.matvec(unravel(row)))[0]
       for row in jnp.eye(flat.size, dtype=flat.dtype)
-  ])
+    ]
+  )
 
 
 def test_hvp_is_exact(x64):
@@ -59,8 +61,10 @@ def test_hvp_is_exact(x64):
 def test_batches_of_unequal_size_are_one_big_batch(x64):
   params = _network(jax.random.key(0), jnp.float64)
   whole = _batch(jax.random.key(1), 12, jnp.float64)
-  parts = [jax.tree.map(lambda x, s=s: x[s], whole)
-           for s in (slice(0, 7), slice(7, 11), slice(11, 12))]
+  parts = [
+    jax.tree.map(lambda x, s=s: x[s], whole)
+    for s in (slice(0, 7), slice(7, 11), slice(11, 12))
+  ]
   operator = curvature.hessian(_loss, params, parts)
   matrix = _columns(operator)
   np.testing.assert_allclose(matrix, _dense(params, whole), atol=1e-12)
@@ -73,7 +77,7 @@ def test_weight_counts_the_examples_of_a_batch(x64):
   first, second = (_batch(jax.random.key(i), 4, jnp.float64) for i in (1, 2))
   weights = iter([3.0, 1.0])
   operator = curvature.hessian(
-      _loss, params, [first, second], weight=lambda batch: next(weights)
+    _loss, params, [first, second], weight=lambda batch: next(weights)
   )
   expected = 0.75 * _dense(params, first) + 0.25 * _dense(params, second)
   np.testing.assert_allclose(_columns(operator), expected, atol=1e-12)
@@ -96,7 +100,7 @@ def test_iterators_are_kept_and_other_iterables_streamed():
   kept = curvature.hessian(_loss, params, iter(_Stream()))
   for _ in range(2):
     jax.tree.map(
-        np.testing.assert_array_equal, streamed.matvec(params), kept.matvec(params)
+      np.testing.assert_array_equal, streamed.matvec(params), kept.matvec(params)
     )
   assert stream.passes == 3  # the weights, then a pass a product
 
@@ -129,14 +133,14 @@ def test_preconditioned_top_eigenvalue_is_invariant_to_rescaling(x64):
 
 
 @pytest.mark.parametrize(
-    ('params', 'batches', 'weight', 'error', 'message'),
-    [
-        (jnp.ones(2), [], None, ValueError, 'no examples'),
-        (jnp.ones(2), [jnp.ones((2, 2))], lambda b: -1, ValueError, 'not negative'),
-        (jnp.ones(2), [jnp.float32(1)], None, ValueError, 'pass weight='),
-        (jnp.ones(2, int), [jnp.ones((2, 2))], None, TypeError, 'dtype int32'),
-        ({}, [jnp.ones((2, 2))], None, ValueError, 'no entries'),
-    ],
+  ('params', 'batches', 'weight', 'error', 'message'),
+  [
+    (jnp.ones(2), [], None, ValueError, 'no examples'),
+    (jnp.ones(2), [jnp.ones((2, 2))], lambda b: -1, ValueError, 'not negative'),
+    (jnp.ones(2), [jnp.float32(1)], None, ValueError, 'pass weight='),
+    (jnp.ones(2, int), [jnp.ones((2, 2))], None, TypeError, 'dtype int32'),
+    ({}, [jnp.ones((2, 2))], None, ValueError, 'no entries'),
+  ],
 )
 def test_wrong_input_is_named(params, batches, weight, error, message):
   with pytest.raises(error, match=message):
