@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import pathlib
 import sys
+import textwrap
 from collections.abc import Sequence
 
 import tasks
@@ -49,7 +50,10 @@ def _usage() -> str:
       'Methods': optimizers.METHODS,
       'Base optimizers': optimizers.BASES,
   }
-  lists = (f'{kind}: {", ".join(found)}.' for kind, found in names.items())
+  lists = (
+      textwrap.fill(f'{kind}: {", ".join(found)}.', 88, subsequent_indent='  ')
+      for kind, found in names.items()
+  )
   return __doc__ + '\n' + '\n'.join(lists)
 
 

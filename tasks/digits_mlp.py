@@ -1,9 +1,12 @@
 """Handwritten digits (scikit-learn's 1,797 scans) with a small multilayer perceptron.
 
-python train.py                    SGD
-python train.py --optimizer=sam    SAM
+python train.py                                  SGD, in about 5 s
+python train.py --optimizer=sam                  SAM
+python train.py --optimizer=sgd,sam --seeds=3    both, three times, in about 30 s
 
-Expected: see the table below. Data: embedded, no network.
+Expected on a CPU, means of three seeds: test accuracy 98.0 % with SGD and 98.2 % with
+SAM (standard errors .1; a single scan is .19), lambda_max of the training loss 1.69 and
+1.23. The data are embedded and need no network.
 """
 
 import models

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import pathlib
 import shutil
 import warnings
@@ -18,6 +19,7 @@ import orbax.checkpoint as ocp
 from training.config import write_json
 from training.errors import TrainingDiverged, UsageError
 from training.step import TrainState
+from training.workload import Workload
 
 FOLDER = 'checkpoints'
 _DAMAGED = 'damaged_checkpoints'
@@ -142,6 +144,37 @@ def load(workdir: pathlib.Path) -> Checkpoint:
   raise UsageError(
       f'every checkpoint in {folder} is damaged: train again into another --workdir.'
   )
+
+
+def load_variables(
+    workdir: str | os.PathLike[str], workload: Workload
+) -> tuple[Any, Any, int]:
+  """The model of a run as it was last stored.
+
+  Args:
+    workdir: the run's folder.
+    workload: the run's model, which the checkpoint must fit.
+
+  Returns:
+    Its parameters and batch statistics in NumPy, and the step.
+
+  Raises:
+    UsageError: there is no checkpoint, or it is of another model.
+  """
+  workdir = pathlib.Path(workdir)
+  variables = jax.eval_shape(
+      workload.model.init, jax.random.key(0), workload.example_inputs
+  )
+  newest = load(workdir)
+  params, batch_stats = (
+      from_arrays(
+          select(newest.arrays, name),
+          variables.get(name, {}),
+          f'the checkpoint in {workdir} ({name})',
+      )
+      for name in ('params', 'batch_stats')
+  )
+  return params, batch_stats, int(newest.arrays['step'])
 
 
 def to_arrays(state: TrainState) -> dict[str, np.ndarray]:

@@ -121,16 +121,7 @@ def _lambda_max(config: Config, workload: Workload, workdir: pathlib.Path) -> fl
   path = workdir / _SHARPNESS_NAME
   if path.exists():
     return json.loads(path.read_text())['lambda_max']
-  variables = jax.eval_shape(
-      workload.model.init, jax.random.key(0), workload.example_inputs
-  )
-  arrays = checkpoints.load(workdir).arrays
-  params, batch_stats = (
-      checkpoints.from_arrays(
-          checkpoints.select(arrays, name), variables.get(name, {}), str(workdir)
-      )
-      for name in ('params', 'batch_stats')
-  )
+  params, batch_stats, _ = checkpoints.load_variables(workdir, workload)
   operator = curvature.hessian(
       losses.mean_loss(workload.model, config, batch_stats),
       params,

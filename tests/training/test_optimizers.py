@@ -98,7 +98,7 @@ def test_clipping_limits_the_gradient_and_not_the_decay():
 
 
 @pytest.mark.parametrize('base', list(optimizers.BASES))
-@pytest.mark.parametrize('method', [None, *optimizers.METHODS])
+@pytest.mark.parametrize('method', [None, 'sam', 'asam', 'usam'])
 def test_every_chain_reports_its_rate_and_norm(method, base):
   rho = optimizers.METHODS[method].rho if method else None
   config = Config(optimizer=method or base, base_optimizer=base, rho=rho,
