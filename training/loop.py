@@ -92,11 +92,15 @@ class _Run:
     model = workload.model
     state = step.init_state(model, tx, workload.example_inputs, config.seed)
     if config.init_from:
-      state = state._replace(params=_other_params(config.init_from, state.params))
+      state = state._replace(params=_other_params(config.init_from, workload))
     self._num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    self._train_step = replicas.map(
-        step.make_train_step(model, tx, config, groups), donate=True
-    )
+    # One compiled step a phase of a periodic method; one for all others.
+    self._train_steps = {
+        phase: replicas.map(
+            step.make_train_step(model, tx, config, groups, phase), donate=True
+        )
+        for phase in (None, False, True)
+    }
     self._eval_step = replicas.map(step.make_eval_step(model, config))
     # Nothing is written before all of the above has proved usable.
     self._checkpoints = None
@@ -152,7 +156,8 @@ class _Run:
     self._tick = time.monotonic()
     with contextlib.closing(batches):
       for batch in batches:
-        self._state, metrics = self._train_step(
+        phase = optimizers.phase(self._config, self._steps_per_epoch, self._step)
+        self._state, metrics = self._train_steps[phase](
             self._state, self._replicas.local(batch)
         )
         # The device is busy with this step while the one before is read.
@@ -329,12 +334,9 @@ def _prefetch(batches: Iterator[Batch]) -> Iterator[Batch]:
       yield batch
 
 
-def _other_params(workdir: str, params: Any) -> Any:
+def _other_params(workdir: str, workload: Workload) -> Any:
   """The parameters of another run, which must fit this one's."""
   try:
-    arrays = checkpoints.load(pathlib.Path(workdir)).arrays
-    return checkpoints.from_arrays(
-        checkpoints.select(arrays, 'params'), params, f'the checkpoint in {workdir}'
-    )
+    return checkpoints.load_variables(workdir, workload)[0]
   except UsageError as error:
     raise UsageError(f'--init_from={workdir}: {error}') from error

@@ -65,11 +65,11 @@ def _asam(config, around):
 def _gsam(config, around):
   rho = config.rho
   if config.gsam_rho_min is not None:
-    rates = [float(around.learning_rate(t)) for t in range(around.total_steps)]
+    rates = jax.vmap(around.learning_rate)(jnp.arange(around.total_steps))
     rho = sam_jax.gsam_rho(
         around.learning_rate,
-        learning_rate_min=min(rates),
-        learning_rate_max=max(rates),
+        learning_rate_min=float(rates.min()),
+        learning_rate_max=float(rates.max()),
         rho_min=config.gsam_rho_min,
         rho_max=config.rho,
     )
@@ -338,9 +338,10 @@ def build(
         sam_jax.cross_replica_mean(AXIS), record_gradient_norm(), *base
     )
   before = [sam_jax.cross_replica_mean(AXIS)] if config.sync_perturbation else []
-  after = optax.chain(sam_jax.cross_replica_mean(AXIS), *base)
+  after = [sam_jax.cross_replica_mean(AXIS), *base]
   method = METHODS[config.optimizer]
-  around = Surroundings(after, rate, steps_per_epoch, config.epochs * steps_per_epoch)
+  total = config.epochs * steps_per_epoch
+  around = Surroundings(optax.chain(*after), rate, steps_per_epoch, total)
   built = method.build(config, around)
   if _is_periodic(config):
     start, stop = _active(config, steps_per_epoch)
@@ -350,7 +351,7 @@ def build(
   groups = num_groups(config, num_replicas)
   if groups:
     built = sam_jax.m_sharpness(built, groups)
-  return optax.chain(*before, built, *([] if method.wraps_base else [after]))
+  return optax.chain(*before, built, *([] if method.wraps_base else after))
 
 
 def _base(config: Config, rate: optax.Schedule) -> list[Any]:

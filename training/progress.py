@@ -41,7 +41,7 @@ class Progress:
       left = f'  {_clock(seconds)} left'
     self._write(
         f'epoch {epoch + 1}/{self._epochs}  step {step}/{self._steps}'
-        f'  loss {means["loss"]:.4f}  accuracy {100 * means["accuracy"]:.2f} %'
+        f'  {_loss(means)}  accuracy {100 * means["accuracy"]:.2f} %'
         f'{self._test}  {means["examples_per_second"]:,.0f} examples/s{left}'
     )
 
@@ -62,6 +62,13 @@ class Progress:
     else:
       self._stream.write(line + '\n')
     self._stream.flush()
+
+
+def _loss(means: dict[str, float]) -> str:
+  """The loss, or for methods without a clean pass the perturbed loss."""
+  if 'loss' in means:
+    return f'loss {means["loss"]:.4f}'
+  return f'perturbed loss {means["perturbed_loss"]:.4f}'
 
 
 def _clock(seconds: float) -> str:

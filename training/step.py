@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from training import losses
+import sam_jax
+from training import losses, optimizers
 from training.config import Config
 from training.parallel import AXIS
 from training.workload import Batch
@@ -57,21 +58,27 @@ def make_train_step(
     tx: optax.GradientTransformationExtraArgs,
     config: Config,
     num_groups: int = 0,
+    phase: bool | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """A step ``(state, batch) -> (state, metrics)`` of one replica of the axis `AXIS`.
 
   A shard's loss is its sum over an equal share of the batch's total weight, so the
   mean over replicas (and groups) is the mean over the batch whatever the shards hold.
   Dropout draws the same mask in both passes. Loss, accuracy and batch statistics are
-  those of the clean pass.
+  those of the clean pass; a method with one gradient has none, and its loss and
+  statistics are those of the point where it takes it, logged as ``perturbed_loss``.
 
   Args:
     model: a flax.linen module.
     tx: the chain of `optimizers.build`.
     config: the run's configuration.
     num_groups: groups of m-sharpness, the leading axis of a batch's leaves; 0: none.
+    phase: whether a periodic method ascends in this step; None for all others.
   """
   loss = losses.loss_fn(model, config)
+  method = optimizers.METHODS.get(config.optimizer)
+  one_gradient = method is not None and method.one_gradient
+  chooses_examples = method is not None and method.chooses_examples
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(state.key, state.step)
@@ -79,37 +86,60 @@ def make_train_step(
     total = jax.lax.psum(jnp.sum(batch['weights']), AXIS)
     share = total / jax.lax.psum(1, AXIS) / max(num_groups, 1)
 
-    def objective(params, group=None):
-      shard, group_key = batch, key
-      if group is not None:
-        shard = jax.tree.map(lambda leaf: leaf[group], batch)
-        group_key = jax.random.fold_in(key, group)
+    def objective(params, shard, shard_key=key, normalizer=share):
       value, (logits, batch_stats) = loss(
-          params, state.batch_stats, shard, train=True, key=group_key, normalizer=share
+          params,
+          state.batch_stats,
+          shard,
+          train=True,
+          key=shard_key,
+          normalizer=normalizer,
       )
       weight = jnp.sum(shard['weights'])
       return value, (losses.num_correct(logits, shard), weight, batch_stats)
 
-    def value_and_grad_fn(params, *group):
-      (value, _), grads = jax.value_and_grad(objective, has_aux=True)(params, *group)
+    def of_group(params, group):
+      shard = jax.tree.map(lambda leaf: leaf[group], batch)
+      return objective(params, shard, jax.random.fold_in(key, group))
+
+    def of_examples(params, indices):
+      chosen, weight = _subset(batch, indices)
+      # The chosen speak for the shard: their mean, times the shard's part of the batch.
+      part = jnp.sum(batch['weights']) / share
+      normalizer = weight / jnp.where(part > 0, part, 1)
+      return objective(params, chosen, normalizer=jnp.where(weight > 0, normalizer, 1))
+
+    def example_losses(params):
+      _, (logits, _) = loss(params, state.batch_stats, batch, train=True, key=key)
+      return losses.smoothed_kl(logits, batch['labels'], config.label_smoothing)
+
+    def value_and_grad_fn(params, *which):
+      function = of_group if num_groups else of_examples if which else clean
+      (value, _), grads = jax.value_and_grad(function, has_aux=True)(params, *which)
       return value, grads
 
+    def clean(params):
+      return objective(params, batch)
+
+    point = sam_jax.gradient_point(state.opt_state, state.params)
     if num_groups:
       # Every group takes its own clean gradient inside the method.
       value, aux = jax.lax.map(
-          lambda group: objective(state.params, group), jnp.arange(num_groups)
+          lambda group: of_group(point, group), jnp.arange(num_groups)
       )
       value, grads = jnp.mean(value), jax.tree.map(jnp.zeros_like, state.params)
     else:
-      (value, aux), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+      (value, aux), grads = jax.value_and_grad(clean, has_aux=True)(point)
+    extra = {'value_and_grad_fn': value_and_grad_fn, 'value': value, 'phase': phase}
+    if chooses_examples:
+      extra['example_losses_fn'] = example_losses
+      extra['example_weights'] = batch['weights']
     correct, weight, batch_stats = aux
     batch_stats = _weighted_mean(batch_stats, weight, total)
-    updates, opt_state = tx.update(
-        grads, state.opt_state, state.params, value_and_grad_fn=value_and_grad_fn
-    )
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
     params = optax.apply_updates(state.params, updates)
     metrics = {
-        'loss': jax.lax.pmean(value, AXIS),
+        **({} if one_gradient else {'loss': jax.lax.pmean(value, AXIS)}),
         'accuracy': jax.lax.psum(jnp.sum(correct), AXIS) / total,
         'examples': total,
         **_state_metrics(opt_state),
@@ -136,6 +166,20 @@ def make_eval_step(
     return jax.lax.psum(sums, AXIS)
 
   return eval_step
+
+
+def _subset(batch: Batch, indices: jax.Array) -> tuple[Batch, jax.Array]:
+  """The chosen examples and their total weight.
+
+  Rows of an array are taken out. Graphs cannot be cut out of a packed batch: all stay,
+  and those that are not chosen weigh nothing.
+  """
+  if isinstance(batch['inputs'], jax.Array):
+    chosen = jax.tree.map(lambda leaf: leaf[indices], batch)
+  else:
+    mask = jnp.zeros_like(batch['weights']).at[indices].set(1)
+    chosen = {**batch, 'weights': mask * batch['weights']}
+  return chosen, jnp.sum(chosen['weights'])
 
 
 def _weighted_mean(batch_stats: Any, weight: jax.Array, total: jax.Array) -> Any:
