@@ -1,5 +1,9 @@
 """The networks, in flax.linen."""
 
+from models.attention import Attention as Attention
+from models.convolution import Conv as Conv
+from models.convolution import conv as conv
 from models.gcn import GCN as GCN
 from models.gcn import GraphConv as GraphConv
 from models.mlp import MLP as MLP
+from models.wide_resnet import WideResNet as WideResNet

@@ -10,21 +10,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import jraph
-from jax.nn.initializers import Initializer
 
-
-def _uniform(fan_in: int) -> Initializer:
-  """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the initializer of PyTorch's `Linear`."""
-
-  def init(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
-    limit = fan_in**-0.5
-    return jax.random.uniform(key, shape, dtype, -limit, limit)
-
-  return init
+from models.initializers import uniform
 
 
 def _dense(x: jax.Array, features: int) -> jax.Array:
-  init = _uniform(x.shape[-1])
+  init = uniform(x.shape[-1])
   return nn.Dense(features, kernel_init=init, bias_init=init)(x)
 
 
@@ -62,9 +53,9 @@ class GraphConv(nn.Module):
     """
     fan_in = x.shape[-1]
     shape = (fan_in, self.features)
-    own = self.param('own', _uniform(fan_in), shape)
-    other = self.param('neighbours', _uniform(fan_in), shape)
-    bias = self.param('bias', _uniform(fan_in), (self.features,))
+    own = self.param('own', uniform(fan_in), shape)
+    other = self.param('neighbours', uniform(fan_in), shape)
+    bias = self.param('bias', uniform(fan_in), (self.features,))
     # One product of twice the depth is faster than two and their sum.
     inputs = jnp.concatenate([x, neighbours], axis=1)
     return inputs @ jnp.concatenate([own, other]) + bias[None]
