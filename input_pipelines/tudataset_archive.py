@@ -7,7 +7,6 @@
 Nothing is ever extracted to disk.
 """
 
-import hashlib
 import io
 import pathlib
 import zipfile
@@ -47,21 +46,6 @@ class TUGraphs(NamedTuple):
   node_attributes: np.ndarray | None = None
   edge_labels: np.ndarray | None = None
   edge_attributes: np.ndarray | None = None
-
-
-def sha256(path: pathlib.Path) -> str:
-  """Returns the SHA-256 of a file in hexadecimal.
-
-  Raises:
-    DataError: the file cannot be read.
-  """
-  try:
-    with path.open('rb') as file:
-      return hashlib.file_digest(file, 'sha256').hexdigest()
-  except OSError as error:
-    raise DataError(
-      f'{path} cannot be read ({error.strerror}): make it a readable file.'
-    ) from error
 
 
 def read(path: pathlib.Path, name: str) -> TUGraphs:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from input_pipelines import DataError, tudataset, tudataset_archive
+from input_pipelines import DataError, sources, tudataset, tudataset_archive
 
 # Three graphs: a triangle of nodes 1 to 3, a single node 4, nodes 5 and 6 joined one
 # way. Labels are negative, have gaps, and a class comes second that is the smaller.
@@ -40,7 +40,7 @@ def _write(folder: pathlib.Path, files=None, name='TOY', **changes) -> pathlib.P
 @pytest.fixture
 def load(tmp_path, monkeypatch):
   """`load` from and into folders of the test, with the publisher out of reach."""
-  monkeypatch.setattr(tudataset, '_publisher_answers', lambda: False)
+  monkeypatch.setattr(sources, '_answers', lambda url: False)
   return functools.partial(
     tudataset.load,
     'TOY',
@@ -335,7 +335,7 @@ def test_the_publisher_is_the_last_source(publisher, tmp_path):
 
 def test_folders_default_to_those_of_tfds(monkeypatch, tmp_path):
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
-  monkeypatch.setattr(tudataset, '_publisher_answers', lambda: False)
+  monkeypatch.setattr(sources, '_answers', lambda url: False)
   _write(tmp_path / 'manual').rename(tmp_path / 'TOY.zip')
   (tmp_path / 'downloads' / 'manual').mkdir(parents=True)
   (tmp_path / 'TOY.zip').rename(tmp_path / 'downloads' / 'manual' / 'TOY.zip')
