@@ -226,16 +226,20 @@ def _single_batches(runs: list[Run]) -> str:
     if one:
       cells = [
         f'{_number(one[key])} ± {_number(one[f"{key}_standard_deviation"])}'
-        for key in ('lambda_max', 'lambda_min', 'ratio')
+        for key in ('lambda_max', 'lambda_min')
       ]
-      rows.append([name, str(one['batch_size']), str(one['num_batches']), *cells])
+      low, high = one['ratio_range']
+      ratio = f'{_number(one["ratio_median"])} ({_number(low)} to {_number(high)})'
+      rows.append([name, str(one['batch_size']), str(one['num_batches'])])
+      rows[-1] += [*cells, ratio]
   return _markdown(rows) if rows[1:] else 'Not measured.'
 
 
 _SINGLE_NOTE = (
   'The Hessian of one training batch, as published one-batch figures have it; ± is the '
-  'standard deviation over batches. lambda_min shrinks faster than lambda_max as the '
-  'Hessian averages over more examples, so the ratio grows with their number.'
+  'standard deviation over batches, the ratio is the median with its range. lambda_min '
+  'shrinks faster than lambda_max as the Hessian averages over more examples, so the '
+  'ratio grows with their number.'
 )
 
 

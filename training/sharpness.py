@@ -32,8 +32,6 @@ SPLITS, BATCH_NORMS, DTYPES = (
   ('float32', 'float64'),
 )
 _RESAMPLES = 200
-# The relative residual to which one-batch extremes are found; they vary by far more.
-_ONE_BATCH_TOL = 1e-3
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -377,7 +375,7 @@ class _Measurement:
         self._hessian([batch]),
         1,
         'both',
-        tol=_ONE_BATCH_TOL,
+        tol=self._options.tol,
         key=self._key,
         verify=False,
         max_basis_gib=self._options.max_basis_gib,
@@ -387,15 +385,18 @@ class _Measurement:
     if not extremes:
       return None
     top, bottom = np.array(extremes).T
-    values = {'lambda_max': top, 'lambda_min': bottom, 'ratio': top / np.abs(bottom)}
+    # A batch whose lambda_min is next to 0 has any ratio: so its median and range.
+    ratios = top / np.abs(bottom)
+    several = len(extremes) > 1
     return {
       'batch_size': size,
       'num_batches': len(extremes),
-      **{name: value.mean() for name, value in values.items()},
-      **{
-        f'{name}_standard_deviation': value.std(ddof=1) if len(value) > 1 else None
-        for name, value in values.items()
-      },
+      'lambda_max': top.mean(),
+      'lambda_max_standard_deviation': top.std(ddof=1) if several else None,
+      'lambda_min': bottom.mean(),
+      'lambda_min_standard_deviation': bottom.std(ddof=1) if several else None,
+      'ratio_median': np.median(ratios),
+      'ratio_range': [ratios.min(), ratios.max()],
     }
 
   def _evaluate(self) -> dict[str, float]:
@@ -531,8 +532,8 @@ _NOTES = {
     'when layers are rescaled without changing the function'
   ),
   'one_batch': (
-    'extremes of the Hessian of single batches, and their standard deviation over '
-    'batches'
+    'extremes of the Hessian of single batches of the training size: mean and '
+    'standard deviation over batches; of the ratio the median and the range'
   ),
 }
 

@@ -21,8 +21,18 @@ import numpy as np
 _CHUNK = 4096
 
 
+# Streams of random vectors, so that functions given one key draw different ones: a
+# probe must not depend on the vectors it is made orthogonal to.
+EIGENPAIRS_STREAM, DENSITY_STREAM, TRACE_STREAM = range(3)
+
+
 class NonFiniteError(ArithmeticError):
   """A product with an operator is NaN or infinite, or a vector cannot be scaled."""
+
+
+def stream(key: jax.Array | None, number: int) -> jax.Array:
+  """A key of one stream; None is that of ``jax.random.key(0)``."""
+  return jax.random.fold_in(jax.random.key(0) if key is None else key, number)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,7 +105,7 @@ def spectral_density(
     raise ValueError(
       f'num_matvecs={num_matvecs}, num_probes={num_probes}: give at least 1 of each'
     )
-  key = jax.random.key(0) if key is None else key
+  key = basis_lib.stream(key, basis_lib.DENSITY_STREAM)
   first = operator.num_matvecs
   layout = basis_lib.Layout.of(operator.structure)
   need = (2 * num_matvecs + 6) * layout.vector_bytes / 2**30

@@ -134,7 +134,7 @@ def eigenpairs(
     raise ValueError(f'tol={tol}: give a relative tolerance between 0 and 1')
   search = _Search(operator, k, which, tol, max_num_matvecs, progress)
   search.limit_basis(max_basis_gib, max_basis_size)
-  key = jax.random.key(0) if key is None else key
+  key = basis_lib.stream(key, basis_lib.EIGENPAIRS_STREAM)
   verified = search.run(_start_vector(search.layout, start, key))
   round_ = 0
   while verify and verified and not search.complete:

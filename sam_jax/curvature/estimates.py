@@ -66,7 +66,7 @@ def trace(
   least = 4 if pairs is None else 2
   if num_matvecs < least:
     raise ValueError(f'num_matvecs={num_matvecs}: give at least {least} products')
-  key = jax.random.key(0) if key is None else key
+  key = basis_lib.stream(key, basis_lib.TRACE_STREAM)
   first = operator.num_matvecs
   layout = basis_lib.Layout.of(operator.structure)
   if pairs is None:

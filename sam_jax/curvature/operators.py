@@ -101,18 +101,47 @@ class HessianOperator(Operator):
     num_examples: the sum of the weights of the batches.
   """
 
-  def __init__(self, loss_fn: LossFn, params: Params, batches: WeightedBatches):
+  def __init__(
+    self,
+    loss_fn: LossFn,
+    params: Params,
+    batches: WeightedBatches,
+    max_cache_gib: float,
+  ):
     self.params = jax.tree.map(_at_least_float32, params)
     self.num_examples = batches.total
     self._loss_fn = loss_fn
     self._batches = batches
+    self._linear: dict[int, Callable[[Params], Params]] = {}
+    self._room = max_cache_gib * 2**30
     super().__init__(self._product, self.params)
 
   def _product(self, vector: Params) -> Params:
     total = jax.tree.map(jnp.zeros_like, self.params)
-    for batch, fraction in self._batches:
-      total = _add_product(self._loss_fn, self.params, batch, vector, total, fraction)
+    for index, (batch, fraction) in enumerate(self._batches):
+      if index not in self._linear:
+        self._linearize(index, batch)
+      linear = self._linear.get(index)
+      if linear is None:
+        arguments = self._loss_fn, self.params, batch, vector, total, fraction
+        total = _add_product(*arguments)
+      else:
+        total = _add_linear(linear, vector, total, fraction)
     return total
+
+  def _linearize(self, index: int, batch: Batch) -> None:
+    """Keeps the linearized gradient of a batch, while there is room."""
+    if not self._room:
+      return
+    abstract = jax.eval_shape(
+      functools.partial(_linear_gradient, self._loss_fn), self.params, batch
+    )
+    need = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+    if need > self._room:
+      self._room = 0
+      return
+    self._room -= need
+    self._linear[index] = _linear_gradient(self._loss_fn, self.params, batch)
 
 
 def hessian(
@@ -121,6 +150,7 @@ def hessian(
   batches: Iterable[Batch],
   *,
   weight: Callable[[Batch], float] | None = None,
+  max_cache_gib: float = 2.0,
 ) -> HessianOperator:
   r"""The Hessian of the mean loss over a data set, as an operator.
 
@@ -138,6 +168,10 @@ def hessian(
       device once; any other iterable is iterated anew for each product.
     weight: number of examples of a batch, ``weight(batch) -> number``. None: the
       leading dimension of the batch's first leaf.
+    max_cache_gib: memory in GiB for what all products at ``params`` share, the
+      activations and their gradients; a product then costs two gradients. Batches for
+      which there is no room compute it anew each time, a third more. The result is the
+      same.
 
   Returns:
     The operator.
@@ -153,7 +187,9 @@ def hessian(
   >>> [round(x, 4) for x in op.matvec(jnp.ones(2)).tolist()]
   [3.3333, 1.3333]
   """
-  return HessianOperator(loss_fn, params, WeightedBatches(batches, weight))
+  return HessianOperator(
+    loss_fn, params, WeightedBatches(batches, weight), max_cache_gib
+  )
 
 
 def preconditioned(inner: Operator, scale: Params) -> Operator:
@@ -227,6 +263,17 @@ class WeightedBatches:
 def _add_product(loss_fn, params, batch, vector, total, fraction):
   product = hvp(lambda p: loss_fn(p, batch), params, vector)
   return jax.tree.map(lambda t, p: t + fraction * p, total, product)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _linear_gradient(loss_fn, params, batch):
+  # The function that linearize returns is a pytree of its residuals.
+  return jax.linearize(jax.grad(lambda p: loss_fn(p, batch)), params)[1]
+
+
+@functools.partial(jax.jit, donate_argnums=2)
+def _add_linear(linear, vector, total, fraction):
+  return jax.tree.map(lambda t, p: t + fraction * p, total, linear(vector))
 
 
 @jax.jit

@@ -90,7 +90,7 @@ def test_trace_takes_known_pairs_out_of_its_variance():
   known = curvature.trace(operator, 20, pairs=pairs)
   assert known.num_matvecs == 20
   assert abs(known.value - _SPECTRUM.sum()) < 4 * known.standard_error
-  assert known.standard_error < 0.2 * np.sqrt(2 / 20 * (_SPECTRUM**2).sum())
+  assert known.standard_error < 0.3 * np.sqrt(2 / 20 * (_SPECTRUM**2).sum())
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,20 @@ def test_batches_of_unequal_size_are_one_big_batch(x64):
   assert operator.num_matvecs == operator.size == matrix.shape[0]
 
 
+@pytest.mark.parametrize('room', [0.0, 5e-6])
+def test_products_are_the_same_with_no_or_little_cache(x64, room):
+  params = _network(jax.random.key(0), jnp.float64)
+  parts = [_batch(jax.random.key(i), 12, jnp.float64) for i in range(3)]
+  cached = curvature.hessian(_loss, params, parts)
+  anew = curvature.hessian(_loss, params, parts, max_cache_gib=room)
+  for _ in range(2):
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, atol=1e-14),
+      cached.matvec(params),
+      anew.matvec(params),
+    )
+
+
 def test_weight_counts_the_examples_of_a_batch(x64):
   params = _network(jax.random.key(0), jnp.float64)
   first, second = (_batch(jax.random.key(i), 4, jnp.float64) for i in (1, 2))
