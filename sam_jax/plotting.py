@@ -181,6 +181,7 @@ def _paint_contour(ax: Axes, item: Landscape, levels: np.ndarray):
     ax.clabel(drawn, fontsize=7, fmt='%.3g')
   ax.plot(0, 0, '+', color='black', markersize=9)
   ax.set_aspect('equal', adjustable='box')
+  ax.locator_params(nbins=5)
   return filled
 
 
@@ -191,6 +192,7 @@ def _paint_heatmap(ax: Axes, item: Landscape, levels: np.ndarray):
   mesh = ax.pcolormesh(item.x, item.y, _shown(item, np.inf), norm=norm, cmap='viridis')
   ax.plot(0, 0, '+', color='white', markersize=9)
   ax.set_aspect('equal', adjustable='box')
+  ax.locator_params(nbins=5)
   return mesh
 
 

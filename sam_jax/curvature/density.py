@@ -78,7 +78,7 @@ def spectral_density(
     key: typed PRNG key; None is ``jax.random.key(0)``.
     pairs: eigenpairs that are known already; the converged ones are used.
     sigma: standard deviation of the smoothing kernel; None is the range of the
-      spectrum over num_matvecs, what that many steps resolve.
+      eigenvalues that are not outliers over num_matvecs, what so many steps resolve.
     tol: the residual, relative to the largest |theta|, at which a pair counts as
       converged.
     max_basis_gib: memory for the basis in GiB.
@@ -166,7 +166,12 @@ def _smooth(outliers, nodes, weights, sigma, num_matvecs, operator, first):
   every = np.concatenate([outliers, nodes[weights > 0]])
   low, high = every.min(), every.max()
   extent = (high - low) or abs(high) or 1.0
-  sigma = extent / num_matvecs if sigma is None else float(sigma)
+  if sigma is None:
+    # The outliers are exact, so the steps resolve the range of the others; but no finer
+    # than what a grid over everything can show.
+    rest = np.ptp(nodes[weights > 0]) if nodes.size else extent
+    sigma = max(rest / num_matvecs, extent / 2000)
+  sigma = float(sigma)
   if not sigma > 0:
     raise ValueError(f'sigma={sigma}: give a standard deviation above 0')
   count = int(np.ceil((high - low + 8 * sigma) / (sigma / 4))) + 1
