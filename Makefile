@@ -26,7 +26,7 @@ quickstart: $(VENV)/app.stamp  ## train digits with SGD and SAM, measure both, c
 	$(PY) eval_hessian.py --workdir=$(RUNS)/quickstart/sgd/seed_0,$(RUNS)/quickstart/sam/seed_0 --out=$(RUNS)/quickstart/compare
 
 test: lint  ## lint, doctests and tests; under 8 minutes on 2 cores
-	$(PY) -m pytest -n 2 -m 'not slow' --doctest-modules sam_jax tests
+	$(PY) -m pytest -n 2 -m 'not slow' --doctest-modules --doctest-glob='*.md' sam_jax input_pipelines models training tasks docs tests
 
 test-slow: $(VENV)/dev.stamp  ## the tests marked slow
 	$(PY) -m pytest -m slow tests
@@ -39,11 +39,16 @@ format: $(VENV)/dev.stamp  ## let ruff mend what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(VENV)/app.stamp  ## time and FLOPs of a SAM step and a Hessian-vector product
-	$(PY) -m benchmarks.step_cost
+bench: $(VENV)/app.stamp  ## cost of a SAM step and of an HVP (MANUAL_DIR=DIR: molecules)
+	$(PY) -m benchmarks.step_cost $(if $(MANUAL_DIR),--task=mutagenicity_gcn --manual_dir=$(MANUAL_DIR))
 
-bench-peers:  ## an epoch of SAM against PyTorch Geometric, in its own environment
-	$(MAKE) --no-print-directory $(VENV)/app.stamp
+$(VENV)/peers.stamp: benchmarks/peers/requirements.txt | $(VENV)/bin/python
+	$(PYTHON) -m venv $(VENV)/peers
+	$(VENV)/peers/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+bench-peers: $(VENV)/app.stamp $(VENV)/peers.stamp  ## an epoch against PyTorch Geometric (MANUAL_DIR=DIR)
+	$(PY) -m benchmarks.gcn_epoch --manual_dir=$(MANUAL_DIR) --peer_python=$(VENV)/peers/bin/python
 
 clean:  ## remove .venv and caches, keep runs
 	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache .hypothesis

@@ -9,6 +9,7 @@ training loop's mapping, so that both meet the same state of the machine.
 """
 
 import argparse
+import collections
 import functools
 import statistics
 import time
@@ -16,7 +17,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 import sam_jax
 import tasks
@@ -36,9 +36,14 @@ def compiled_steps(
     step.init_state(workload.model, tx, workload.example_inputs, config.seed)
   )
   compiled = []
-  for phase, share in optimizers.phases(config, steps_per_epoch):
+  total = config.epochs * steps_per_epoch
+  phases = collections.Counter(
+    optimizers.phase(config, steps_per_epoch, number) for number in range(total)
+  )
+  for phase, count in phases.items():
     train_step = step.make_train_step(workload.model, tx, config, phase=phase)
-    compiled.append((share, replicas.map(train_step).lower(state, shards).compile()))
+    run = replicas.map(train_step).lower(state, shards).compile()
+    compiled.append((count / total, run))
   return compiled, state
 
 
@@ -88,10 +93,11 @@ def compare_steps(arguments: argparse.Namespace, names: list[str]) -> None:
   for key, time_of_phase in times.items():
     per_step[key[0]] += shares[key] * time_of_phase
   print(f'{arguments.task}, one step, over {base}')
-  for name in costs:
+  for name, cost in costs.items():
+    time_of_step = per_step[name]
     print(
-      f'  {name:16s} {1e3 * per_step[name]:9.2f} ms  x{per_step[name] / per_step[base]:.3f}'
-      f'  {costs[name] / 1e6:10.1f} MFLOP  x{costs[name] / costs[base]:.3f}'
+      f'  {name:16s} {1e3 * time_of_step:9.2f} ms  x{time_of_step / per_step[base]:.3f}'
+      f'  {cost / 1e6:10.1f} MFLOP  x{cost / costs[base]:.3f}'
     )
 
 
@@ -132,12 +138,12 @@ def main() -> None:
   """Parses the command line and prints both tables."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--task', default='digits_mlp', help='a task of train.py')
-  parser.add_argument('--manual_dir', default='', help="the publisher's archive's folder")
+  parser.add_argument('--manual_dir', default='', help="folder of the set's archive")
   parser.add_argument('--data_dir', default='', help='folder of prepared data sets')
   parser.add_argument('--optimizers', default='sam,asam', help='methods, by comma')
   parser.add_argument('--repeats', type=int, default=30, help='timed runs of each')
   arguments = parser.parse_args()
-  print(f'jax {jax.__version__}, {jax.devices()[0].device_kind}, numpy {np.__version__}')
+  print(f'jax {jax.__version__} on {jax.devices()[0].device_kind}')
   compare_steps(arguments, arguments.optimizers.split(','))
   compare_hvp(arguments)
 

@@ -5,5 +5,6 @@ from models.convolution import Conv as Conv
 from models.convolution import conv as conv
 from models.gcn import GCN as GCN
 from models.gcn import GraphConv as GraphConv
+from models.graph_transformer import GraphTransformer as GraphTransformer
 from models.mlp import MLP as MLP
 from models.wide_resnet import WideResNet as WideResNet

@@ -19,14 +19,12 @@ def _dense(x: jax.Array, features: int) -> jax.Array:
   return nn.Dense(features, kernel_init=init, bias_init=init)(x)
 
 
-def _incoming(graphs: jraph.GraphsTuple, x: jax.Array) -> jax.Array:
-  """Sums over each node's incoming edges the rows of `x` at their senders."""
-  return jax.ops.segment_sum(
-    x[graphs.senders], graphs.receivers, len(x), indices_are_sorted=True
-  )
+def incoming(receivers: jax.Array, x: jax.Array, num_nodes: int) -> jax.Array:
+  """Sums over each node's incoming edges the rows of `x`, one an edge."""
+  return jax.ops.segment_sum(x, receivers, num_nodes, indices_are_sorted=True)
 
 
-def _graph_mean(graphs: jraph.GraphsTuple, x: jax.Array) -> jax.Array:
+def graph_mean(graphs: jraph.GraphsTuple, x: jax.Array) -> jax.Array:
   """Means over the nodes of each graph, 0 for a graph without nodes."""
   num_graphs = len(graphs.n_node)
   graph = jnp.repeat(jnp.arange(num_graphs), graphs.n_node, total_repeat_length=len(x))
@@ -109,13 +107,14 @@ class GCN(nn.Module):
     """
     x = graphs.nodes
     for width in self.features[:-1]:
-      x = nn.relu(GraphConv(width)(x, _incoming(graphs, x)))
+      neighbours = incoming(graphs.receivers, x[graphs.senders], len(x))
+      x = nn.relu(GraphConv(width)(x, neighbours))
     # A node is summed once for each edge that leaves it.
     out_degree = jax.ops.segment_sum(
       jnp.ones_like(graphs.senders, x.dtype), graphs.senders, len(x)
     )
-    neighbours = _graph_mean(graphs, out_degree[:, None] * x)
-    x = GraphConv(self.features[-1])(_graph_mean(graphs, x), neighbours)
+    neighbours = graph_mean(graphs, out_degree[:, None] * x)
+    x = GraphConv(self.features[-1])(graph_mean(graphs, x), neighbours)
     x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
     x = _dense(x, self.hidden_features)
     x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
