@@ -1,17 +1,14 @@
 """TFDS builder for any TUDataset; works without TensorFlow."""
 
-import contextlib
-import io
-import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 
-from input_pipelines import tudataset_archive
+from input_pipelines import prepared, tudataset_archive
+from input_pipelines.prepared import digest as digest
 
 # Features that a set may have.
 _OPTIONAL = {
@@ -105,27 +102,7 @@ def prepare(
     graphs: its validated graphs.
     sha256: digest of the archive they come from.
   """
-  tfds.disable_progress_bar()
-  with _quiet():
-    builder = TUDataset(
-      data_dir=data_dir,
-      config=TUDatasetConfig(name, graphs, sha256),
-      file_format='array_record',
-    )
-    builder.download_and_prepare()
-  return pathlib.Path(builder.data_dir)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """Keeps TFDS from reporting a download of unknown size and a custom config."""
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.ERROR)
-  try:
-    with contextlib.redirect_stdout(io.StringIO()):
-      yield
-  finally:
-    logging.set_verbosity(verbosity)
+  return prepared.write(TUDataset, data_dir, TUDatasetConfig(name, graphs, sha256))
 
 
 def read(folder: pathlib.Path) -> tudataset_archive.TUGraphs:
@@ -153,8 +130,3 @@ def read(folder: pathlib.Path) -> tudataset_archive.TUGraphs:
       if feature in builder.info.features
     },
   )
-
-
-def digest(folder: pathlib.Path) -> str:
-  """Returns the SHA-256 of the archive that a prepared set was made from."""
-  return json.loads((folder / 'metadata.json').read_text())['sha256']
