@@ -28,7 +28,7 @@ def _define_flags() -> cli.Flags:
   flags.heading('Several runs')
   flags.define('seeds', 'int', 'runs of each kind, with seeds from --seed on')
   flags.define(
-      'sharpness', 'bool', 'measure lambda_max after each run of a sweep', True
+    'sharpness', 'bool', 'measure lambda_max after each run of a sweep', True
   )
   flags.heading('This start')
   flags.define('workdir', 'str', "folder of the run's files", 'runs/TASK_OPTIMIZER')
@@ -36,8 +36,10 @@ def _define_flags() -> cli.Flags:
   flags.define('cache', 'bool', 'keep compiled programs in ~/.cache/sam_jax', True)
   flags.define('devices', 'int', 'devices of this process to use; 0: all', 0)
   flags.define(
-      'coordinator', 'str',
-      "several processes: host:port of the first, or 'cluster' to ask the cluster", ''
+    'coordinator',
+    'str',
+    "several processes: host:port of the first, or 'cluster' to ask the cluster",
+    '',
   )
   flags.define('num_processes', 'int', 'several processes: how many', 1)
   flags.define('process_id', 'int', 'several processes: which one this is', 0)
@@ -46,13 +48,13 @@ def _define_flags() -> cli.Flags:
 
 def _usage() -> str:
   names = {
-      'Tasks': tasks.TASKS,
-      'Methods': optimizers.METHODS,
-      'Base optimizers': optimizers.BASES,
+    'Tasks': tasks.TASKS,
+    'Methods': optimizers.METHODS,
+    'Base optimizers': optimizers.BASES,
   }
   lists = (
-      textwrap.fill(f'{kind}: {", ".join(found)}.', 88, subsequent_indent='  ')
-      for kind, found in names.items()
+    textwrap.fill(f'{kind}: {", ".join(found)}.', 88, subsequent_indent='  ')
+    for kind, found in names.items()
   )
   return __doc__ + '\n' + '\n'.join(lists)
 
@@ -65,8 +67,10 @@ def main(argv: Sequence[str]) -> None:
   methods = overrides.pop('optimizer', [None])
   radii = cli.numbers('rho', overrides.pop('rho', None)) or [None]
   points = sweep.points(
-      lambda **fields: tasks.resolve(task, **overrides, **fields),
-      methods, radii, flags.seeds,
+    lambda **fields: tasks.resolve(task, **overrides, **fields),
+    methods,
+    radii,
+    flags.seeds,
   )
   if flags.cache:
     parallel.enable_compilation_cache()
@@ -75,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
   name = next(iter(points.values())).optimizer
   name = name if len(points) == 1 else 'sweep'
   workdir = pathlib.Path(
-      flags.workdir if flags['workdir'].present else f'runs/{task}_{name}'
+    flags.workdir if flags['workdir'].present else f'runs/{task}_{name}'
   )
   if list(points) != ['']:
     sweep.run(points, tasks.build, workdir, sharpness=flags.sharpness, **options)

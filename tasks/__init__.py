@@ -12,10 +12,10 @@ from training import config as config_lib
 from training import optimizers
 
 TASKS = {
-    'digits_mlp': 'tasks.digits_mlp',
-    'mutagenicity_gcn': 'tasks.mutagenicity_gcn',
-    'mutagenicity_transformer': 'tasks.mutagenicity_transformer',
-    'tudataset_gcn': 'tasks.tudataset_gcn',
+  'digits_mlp': 'tasks.digits_mlp',
+  'mutagenicity_gcn': 'tasks.mutagenicity_gcn',
+  'mutagenicity_transformer': 'tasks.mutagenicity_transformer',
+  'tudataset_gcn': 'tasks.tudataset_gcn',
 }
 
 

@@ -14,14 +14,14 @@ import training
 from input_pipelines import digits
 
 RECIPE = training.Config(
-    task='digits_mlp',
-    optimizer='sgd',
-    base_optimizer='sgd',
-    epochs=40,
-    batch_size=32,
-    learning_rate=0.5,
-    schedule='cosine',
-    label_smoothing=0.1,
+  task='digits_mlp',
+  optimizer='sgd',
+  base_optimizer='sgd',
+  epochs=40,
+  batch_size=32,
+  learning_rate=0.5,
+  schedule='cosine',
+  label_smoothing=0.1,
 )
 
 # Radii of the methods whose default does not suit this task.
@@ -33,9 +33,9 @@ def build(config: training.Config) -> training.Workload:
   train, test, num_classes, _ = digits.load(seed=config.split_seed)
   batch = next(train.batches(1).epoch(0))
   return training.Workload(
-      model=models.MLP(num_classes=num_classes),
-      train=train,
-      test=test,
-      num_classes=num_classes,
-      example_inputs=batch['inputs'],
+    model=models.MLP(num_classes=num_classes),
+    train=train,
+    test=test,
+    num_classes=num_classes,
+    example_inputs=batch['inputs'],
   )

@@ -12,16 +12,16 @@ import training
 from tasks import tudataset_gcn
 
 RECIPE = training.Config(
-    task='mutagenicity_gcn',
-    dataset='Mutagenicity',
-    optimizer='adam',
-    base_optimizer='adam',
-    epochs=200,
-    batch_size=64,
-    learning_rate=0.01,
-    schedule='step',
-    weight_decay=5e-4,
-    label_smoothing=0.1,
+  task='mutagenicity_gcn',
+  dataset='Mutagenicity',
+  optimizer='adam',
+  base_optimizer='adam',
+  epochs=200,
+  batch_size=64,
+  learning_rate=0.01,
+  schedule='step',
+  weight_decay=5e-4,
+  label_smoothing=0.1,
 )
 
 # The paper's radius.

@@ -12,15 +12,15 @@ from input_pipelines import tudataset
 from training.errors import UsageError
 
 RECIPE = training.Config(
-    task='tudataset_gcn',
-    optimizer='adam',
-    base_optimizer='adam',
-    epochs=100,
-    batch_size=64,
-    learning_rate=0.01,
-    schedule='step',
-    weight_decay=5e-4,
-    label_smoothing=0.1,
+  task='tudataset_gcn',
+  optimizer='adam',
+  base_optimizer='adam',
+  epochs=100,
+  batch_size=64,
+  learning_rate=0.01,
+  schedule='step',
+  weight_decay=5e-4,
+  label_smoothing=0.1,
 )
 
 RHO = {'sam': 0.005}
@@ -30,20 +30,20 @@ def build(config: training.Config) -> training.Workload:
   """The graph network and a random 70/30 split of the data set."""
   if not config.dataset:
     raise UsageError(
-        f'--task={config.task} needs the name of a data set: give --dataset=PROTEINS '
-        'or another name of the TUDataset collection.'
+      f'--task={config.task} needs the name of a data set: give --dataset=PROTEINS '
+      'or another name of the TUDataset collection.'
     )
   train, test, num_classes, _ = tudataset.load(
-      config.dataset,
-      data_dir=config.data_dir,
-      manual_dir=config.manual_dir,
-      seed=config.split_seed,
+    config.dataset,
+    data_dir=config.data_dir,
+    manual_dir=config.manual_dir,
+    seed=config.split_seed,
   )
   batch = next(train.batches(config.batch_size).epoch(0))
   return training.Workload(
-      model=models.GCN(num_classes=num_classes),
-      train=train,
-      test=test,
-      num_classes=num_classes,
-      example_inputs=batch['inputs'],
+    model=models.GCN(num_classes=num_classes),
+    train=train,
+    test=test,
+    num_classes=num_classes,
+    example_inputs=batch['inputs'],
   )

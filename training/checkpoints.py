@@ -51,14 +51,14 @@ class Checkpoints:
   def _open(self) -> ocp.CheckpointManager:
     _quiet_orbax()
     only_me = ocp.options.MultiprocessingOptions(
-        primary_host=jax.process_index(), active_processes={jax.process_index()}
+      primary_host=jax.process_index(), active_processes={jax.process_index()}
     )
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=_KEEP,
-        create=False,
-        enable_async_checkpointing=False,
-        cleanup_tmp_directories=True,
-        multiprocessing_options=only_me,
+      max_to_keep=_KEEP,
+      create=False,
+      enable_async_checkpointing=False,
+      cleanup_tmp_directories=True,
+      multiprocessing_options=only_me,
     )
     return ocp.CheckpointManager(self._folder, options=options)
 
@@ -73,15 +73,15 @@ class Checkpoints:
     for name, array in arrays.items():
       if name.startswith('params/') and not np.isfinite(array.astype(np.float32)).all():
         raise TrainingDiverged(
-            f'the parameter {name[len("params/"):]} is not finite after step {step}: '
-            'the last good checkpoint is kept; try a lower --learning_rate or --rho.'
+          f'the parameter {name[len("params/") :]} is not finite after step {step}: '
+          'the last good checkpoint is kept; try a lower --learning_rate or --rho.'
         )
     self._manager.save(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.PyTreeSave(_nest(arrays)),
-            position=ocp.args.JsonSave(position),
-        ),
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.PyTreeSave(_nest(arrays)),
+        position=ocp.args.JsonSave(position),
+      ),
     )
     folder = self._folder / str(step)
     write_json(folder / _DIGESTS, _digests(folder))
@@ -98,10 +98,10 @@ class Checkpoints:
         shutil.rmtree(shelf / str(step), ignore_errors=True)
         shutil.move(self._folder / str(step), shelf / str(step))
         warnings.warn(
-            f'the checkpoint of step {step} in {self._folder} is damaged '
-            f'({_brief(error)}): it is moved to {shelf.name}/, and the run continues '
-            'from the one before.',
-            stacklevel=2,
+          f'the checkpoint of step {step} in {self._folder} is damaged '
+          f'({_brief(error)}): it is moved to {shelf.name}/, and the run continues '
+          'from the one before.',
+          stacklevel=2,
         )
         self._manager.close()
         self._manager = self._open()
@@ -127,7 +127,7 @@ def load(workdir: pathlib.Path) -> Checkpoint:
     steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
   if not steps:
     raise UsageError(
-        f'{workdir} has no checkpoint yet: run train.py --workdir={workdir} first.'
+      f'{workdir} has no checkpoint yet: run train.py --workdir={workdir} first.'
     )
   _quiet_orbax()
   options = ocp.CheckpointManagerOptions(read_only=True)
@@ -137,17 +137,17 @@ def load(workdir: pathlib.Path) -> Checkpoint:
         return _read(manager, folder, step)
       except Exception as error:  # as above
         warnings.warn(
-            f'the checkpoint of step {step} in {folder} is damaged ({_brief(error)}): '
-            'the one before is read.',
-            stacklevel=2,
+          f'the checkpoint of step {step} in {folder} is damaged ({_brief(error)}): '
+          'the one before is read.',
+          stacklevel=2,
         )
   raise UsageError(
-      f'every checkpoint in {folder} is damaged: train again into another --workdir.'
+    f'every checkpoint in {folder} is damaged: train again into another --workdir.'
   )
 
 
 def load_variables(
-    workdir: str | os.PathLike[str], workload: Workload
+  workdir: str | os.PathLike[str], workload: Workload
 ) -> tuple[Any, Any, int]:
   """The model of a run as it was last stored.
 
@@ -163,16 +163,16 @@ def load_variables(
   """
   workdir = pathlib.Path(workdir)
   variables = jax.eval_shape(
-      workload.model.init, jax.random.key(0), workload.example_inputs
+    workload.model.init, jax.random.key(0), workload.example_inputs
   )
   newest = load(workdir)
   params, batch_stats = (
-      from_arrays(
-          select(newest.arrays, name),
-          variables.get(name, {}),
-          f'the checkpoint in {workdir} ({name})',
-      )
-      for name in ('params', 'batch_stats')
+    from_arrays(
+      select(newest.arrays, name),
+      variables.get(name, {}),
+      f'the checkpoint in {workdir} ({name})',
+    )
+    for name in ('params', 'batch_stats')
   )
   return params, batch_stats, int(newest.arrays['step'])
 
@@ -208,22 +208,22 @@ def from_arrays(arrays: dict[str, np.ndarray], like: Any, origin: str) -> Any:
     array = left.pop(name, None)
     if array is None and np.size(data):
       raise UsageError(
-          f'{origin} is of another model or optimizer: it has no {name}, '
-          f'{np.shape(data)} here.'
+        f'{origin} is of another model or optimizer: it has no {name}, '
+        f'{np.shape(data)} here.'
       )
     array = np.zeros_like(data) if array is None else array
     if array.shape != np.shape(data) or array.dtype != data.dtype:
       raise UsageError(
-          f'{origin} is of another model or optimizer: {name} is '
-          f'{array.dtype}{list(array.shape)} there and '
-          f'{data.dtype}{list(np.shape(data))} here.'
+        f'{origin} is of another model or optimizer: {name} is '
+        f'{array.dtype}{list(array.shape)} there and '
+        f'{data.dtype}{list(np.shape(data))} here.'
       )
     if _is_key(leaf):
       array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
     leaves.append(array)
   if left:
     raise UsageError(
-        f'{origin} is of another model or optimizer: it also has {min(left)}.'
+      f'{origin} is of another model or optimizer: it also has {min(left)}.'
     )
   return structure.unflatten(leaves)
 
@@ -232,25 +232,26 @@ def select(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
   """The arrays under one field of the state, by the rest of their paths."""
   start = f'{prefix}/'
   return {
-      name[len(start):]: array
-      for name, array in arrays.items() if name.startswith(start)
+    name[len(start) :]: array
+    for name, array in arrays.items()
+    if name.startswith(start)
   }
 
 
 def _read(
-    manager: ocp.CheckpointManager, folder: pathlib.Path, step: int
+  manager: ocp.CheckpointManager, folder: pathlib.Path, step: int
 ) -> Checkpoint:
   """Verifies and reads one checkpoint."""
   _verify(folder / str(step))
   restored = manager.restore(
-      step,
-      args=ocp.args.Composite(
-          state=ocp.args.PyTreeRestore(), position=ocp.args.JsonRestore()
-      ),
+    step,
+    args=ocp.args.Composite(
+      state=ocp.args.PyTreeRestore(), position=ocp.args.JsonRestore()
+    ),
   )
   arrays = {
-      jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(leaf)
-      for path, leaf in jax.tree_util.tree_flatten_with_path(restored.state)[0]
+    jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(restored.state)[0]
   }
   return Checkpoint(arrays, dict(restored.position))
 

@@ -36,11 +36,11 @@ class Flags:
   def define(self, name: str, kind: str, help_text: str, default=None) -> None:
     """Defines one flag."""
     definers = {
-        'str': flags.DEFINE_string,
-        'int': flags.DEFINE_integer,
-        'float': flags.DEFINE_float,
-        'bool': flags.DEFINE_boolean,
-        'list': flags.DEFINE_list,
+      'str': flags.DEFINE_string,
+      'int': flags.DEFINE_integer,
+      'float': flags.DEFINE_float,
+      'bool': flags.DEFINE_boolean,
+      'list': flags.DEFINE_list,
     }
     definers[kind](name, default, help_text, flag_values=self._values)
     shown = f'--[no]{name}' if kind == 'bool' else f'--{name}={_metavar(kind)}'
@@ -72,7 +72,7 @@ class Flags:
     rest = self._values(list(argv))[1:]
     if rest:
       raise UsageError(
-          f'unexpected argument {rest[0]!r}: flags are given as --name=value.'
+        f'unexpected argument {rest[0]!r}: flags are given as --name=value.'
       )
     # Libraries that define absl flags of their own expect them parsed.
     flags.FLAGS.mark_as_parsed()
@@ -99,15 +99,15 @@ def numbers(name: str, texts: Sequence[str] | None) -> list[float] | None:
     return [float(text) for text in texts]
   except ValueError:
     raise UsageError(
-        f'--{name}={",".join(texts)}: give one or more numbers, as 0.05,0.1.'
+      f'--{name}={",".join(texts)}: give one or more numbers, as 0.05,0.1.'
     ) from None
 
 
 def run(
-    main: Callable[[Sequence[str]], None],
-    argv: Sequence[str],
-    *,
-    errors: tuple[type[Exception], ...] = (),
+  main: Callable[[Sequence[str]], None],
+  argv: Sequence[str],
+  *,
+  errors: tuple[type[Exception], ...] = (),
 ) -> int:
   """Runs a script's main function.
 
@@ -122,7 +122,7 @@ def run(
   name = argv[0].rsplit('/', 1)[-1]
   with warnings.catch_warnings():
     warnings.showwarning = lambda message, *_, **__: print(
-        f'{name}: warning: {message}', file=sys.stderr
+      f'{name}: warning: {message}', file=sys.stderr
     )
     try:
       main(argv)

@@ -23,7 +23,7 @@ _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 def _field(default: Any, help_text: str, *, may_change: bool = False) -> Any:
   """A field and its flag; one that may change does not alter what the run computes."""
   return dataclasses.field(
-      default=default, metadata={'help': help_text, 'may_change': may_change}
+    default=default, metadata={'help': help_text, 'may_change': may_change}
   )
 
 
@@ -37,39 +37,35 @@ class Config:
 
   task: str = _field('digits_mlp', 'workload: model, data and recipe')
   dataset: str = _field('', 'data set by name, for tasks over a collection (PROTEINS)')
-  optimizer: str = _field(
-      'sgd', 'a sharpness-aware method, or a base optimizer alone'
-  )
-  base_optimizer: str = _field(
-      '', 'the base optimizer that follows the method'
-  )
+  optimizer: str = _field('sgd', 'a sharpness-aware method, or a base optimizer alone')
+  base_optimizer: str = _field('', 'the base optimizer that follows the method')
   rho: float | None = _field(None, "the method's perturbation radius")
   epochs: int = _field(50, 'passes over the training split')
   batch_size: int = _field(64, 'examples a step, over all devices together')
   learning_rate: float = _field(0.1, 'peak learning rate')
   schedule: str = _field(
-      'step', 'step (x0.2 at 30, 60, 80 % of the epochs), cosine or constant'
+    'step', 'step (x0.2 at 30, 60, 80 % of the epochs), cosine or constant'
   )
   warmup_epochs: float = _field(0.0, 'epochs of linear warm-up from zero')
   momentum: float = _field(0.9, 'of the base optimizers momentum and nesterov')
   weight_decay: float = _field(
-      0.0, 'L2 coefficient, added to the gradient (adamw: decoupled)'
+    0.0, 'L2 coefficient, added to the gradient (adamw: decoupled)'
   )
   label_smoothing: float = _field(0.1, 'probability spread over the wrong classes')
   m_sharpness: int = _field(
-      0, 'examples a group, each of which is perturbed for itself; 0: one a device'
+    0, 'examples a group, each of which is perturbed for itself; 0: one a device'
   )
   sync_perturbation: bool = _field(
-      False, 'one common perturbation over all devices, instead of one each'
+    False, 'one common perturbation over all devices, instead of one each'
   )
   adaptive_eta: float = _field(0.01, 'asam: added to |w|')
   adaptive_rule: str = _field(
-      'weights', 'asam: scale the radius by |w| in weights (ndim >= 2) only, or in all'
+    'weights', 'asam: scale the radius by |w| in weights (ndim >= 2) only, or in all'
   )
   num_ascent_steps: int = _field(1, 'sam: ascent steps, each of rho / this')
   gsam_alpha: float = _field(0.4, 'gsam: share of the orthogonal part subtracted')
   gsam_rho_min: float | None = _field(
-      None, 'gsam: radius at the smallest learning rate; unset: rho throughout'
+    None, 'gsam: radius at the smallest learning rate; unset: rho throughout'
   )
   wsam_gamma: float = _field(0.9, 'wsam, decoupled_wsam: weight of sharpness')
   looksam_every: int = _field(5, 'looksam: steps between ascents')
@@ -82,7 +78,7 @@ class Config:
   graphsam_gamma: float = _field(0.5, 'graphsam: factor on rho at each decay')
   graphsam_epochs: int = _field(1, 'graphsam: epochs between decays')
   universal_lam: float | None = _field(
-      None, "trace_sam, frob_sam, det_sam: weight of sharpness; unset: the method's"
+    None, "trace_sam, frob_sam, det_sam: weight of sharpness; unset: the method's"
   )
   num_probes: int = _field(0, "trace_sam, frob_sam, det_sam: probes; 0: the method's")
   antithetic: bool = _field(False, 'trace_sam, frob_sam, det_sam: probes in pairs')
@@ -95,16 +91,15 @@ class Config:
   seed: int = _field(0, 'of initialisation, order of examples and dropout')
   split_seed: int = _field(0, 'of the random split into training and test examples')
   init_from: str = _field('', "start from the parameters of this other run's workdir")
-  manual_dir: str = _field(
-      '', "folder with the publisher's archive", may_change=True
-  )
+  manual_dir: str = _field('', "folder with the publisher's archive", may_change=True)
   data_dir: str = _field('', 'folder with prepared data sets', may_change=True)
   log_every: int = _field(
-      0, 'also write a metrics line every so many steps; 0: each epoch only'
+    0, 'also write a metrics line every so many steps; 0: each epoch only'
   )
   checkpoint_every: int = _field(
-      0, 'steps between checkpoints; 0: each epoch, less often where epochs are short',
-      may_change=True,
+    0,
+    'steps between checkpoints; 0: each epoch, less often where epochs are short',
+    may_change=True,
   )
 
 
@@ -119,28 +114,46 @@ def validate(config: Config) -> None:
     if isinstance(value, float) and not math.isfinite(value):
       raise UsageError(f'--{field.name}={value}: must be a finite number.')
   for name in (
-      'epochs', 'batch_size', 'num_ascent_steps', 'looksam_every', 'graphsam_epochs',
-      'perturb_every',
+    'epochs',
+    'batch_size',
+    'num_ascent_steps',
+    'looksam_every',
+    'graphsam_epochs',
+    'perturb_every',
   ):
     _require(config, name, getattr(config, name) >= 1, 'must be at least 1')
   for name in (
-      'learning_rate', 'warmup_epochs', 'weight_decay', 'm_sharpness', 'adaptive_eta',
-      'clip_norm', 'seed', 'split_seed', 'log_every', 'checkpoint_every',
-      'num_probes', 'perturb_from', 'perturb_until',
+    'learning_rate',
+    'warmup_epochs',
+    'weight_decay',
+    'm_sharpness',
+    'adaptive_eta',
+    'clip_norm',
+    'seed',
+    'split_seed',
+    'log_every',
+    'checkpoint_every',
+    'num_probes',
+    'perturb_from',
+    'perturb_until',
   ):
     _require(config, name, getattr(config, name) >= 0, 'must not be negative')
   if config.rho is not None:
     _require(
-        config, 'rho', config.rho >= 0,
-        'the radius must not be negative; 0 turns the perturbation off',
+      config,
+      'rho',
+      config.rho >= 0,
+      'the radius must not be negative; 0 turns the perturbation off',
     )
   for name, choices in (
-      ('schedule', SCHEDULES), ('dtype', DTYPES), ('adaptive_rule', ADAPTIVE_RULES),
+    ('schedule', SCHEDULES),
+    ('dtype', DTYPES),
+    ('adaptive_rule', ADAPTIVE_RULES),
   ):
     require_choice(name, getattr(config, name), choices)
   for name in ('momentum', 'label_smoothing', 'wsam_gamma', 'friendly_decay'):
     _require(
-        config, name, 0 <= getattr(config, name) < 1, 'must be at least 0 and below 1'
+      config, name, 0 <= getattr(config, name) < 1, 'must be at least 0 and below 1'
     )
   for name in ('esam_beta', 'esam_gamma'):
     share = getattr(config, name)
@@ -148,17 +161,23 @@ def validate(config: Config) -> None:
   _require(config, 'det_half_width', config.det_half_width > 0, 'must be positive')
   if config.gsam_rho_min is not None:
     _require(
-        config, 'gsam_rho_min', 0 <= config.gsam_rho_min <= (config.rho or math.inf),
-        'must not be negative nor above --rho',
+      config,
+      'gsam_rho_min',
+      0 <= config.gsam_rho_min <= (config.rho or math.inf),
+      'must not be negative nor above --rho',
     )
   if config.perturb_until:
     _require(
-        config, 'perturb_until', config.perturb_until > config.perturb_from,
-        f'must be above --perturb_from={config.perturb_from}, or 0',
+      config,
+      'perturb_until',
+      config.perturb_until > config.perturb_from,
+      f'must be above --perturb_from={config.perturb_from}, or 0',
     )
   _require(
-      config, 'warmup_epochs', config.warmup_epochs < config.epochs,
-      f'must be less than --epochs={config.epochs}',
+    config,
+    'warmup_epochs',
+    config.warmup_epochs < config.epochs,
+    f'must be less than --epochs={config.epochs}',
   )
 
 
@@ -182,8 +201,8 @@ def versions() -> dict[str, str]:
 def save(config: Config, workdir: pathlib.Path) -> None:
   """Writes `config.json`, whole or not at all."""
   write_json(
-      workdir / FILE_NAME,
-      {'config': dataclasses.asdict(config), 'versions': versions()},
+    workdir / FILE_NAME,
+    {'config': dataclasses.asdict(config), 'versions': versions()},
   )
 
 
@@ -196,8 +215,8 @@ def load(workdir: str | os.PathLike[str]) -> Config:
   path = pathlib.Path(workdir) / FILE_NAME
   if not path.is_file():
     raise UsageError(
-        f'{workdir} holds no run: {path} does not exist; give the --workdir of a '
-        'train.py run.'
+      f'{workdir} holds no run: {path} does not exist; give the --workdir of a '
+      'train.py run.'
     )
   try:
     fields = json.loads(path.read_text())['config']
@@ -206,15 +225,15 @@ def load(workdir: str | os.PathLike[str]) -> Config:
     unknown = sorted(set(fields) - known)
     if unknown:
       raise UsageError(
-          f'{path} has fields unknown to this version ({", ".join(unknown)}): use the '
-          'version that wrote it.'
+        f'{path} has fields unknown to this version ({", ".join(unknown)}): use the '
+        'version that wrote it.'
       )
     return Config(**fields)
   except (ValueError, KeyError, TypeError) as error:
     if isinstance(error, UsageError):
       raise
     raise UsageError(
-        f'{path} is damaged ({error}): restore it, or choose another --workdir.'
+      f'{path} is damaged ({error}): restore it, or choose another --workdir.'
     ) from error
 
 
@@ -230,8 +249,8 @@ def check(config: Config, workdir: pathlib.Path) -> None:
     differing = differences(load(workdir), config)
     if differing:
       raise UsageError(
-          f'--workdir={workdir} belongs to another configuration '
-          f'({"; ".join(differing)}): choose another --workdir, or the same flags.'
+        f'--workdir={workdir} belongs to another configuration '
+        f'({"; ".join(differing)}): choose another --workdir, or the same flags.'
       )
     return
   if not workdir.exists():
@@ -240,8 +259,8 @@ def check(config: Config, workdir: pathlib.Path) -> None:
   strangers = [p.name for p in workdir.iterdir() if p.name != f'{FILE_NAME}.tmp']
   if strangers:
     raise UsageError(
-        f'--workdir={workdir} is not empty and holds no {FILE_NAME} (but '
-        f'{min(strangers)}): choose a new or empty folder.'
+      f'--workdir={workdir} is not empty and holds no {FILE_NAME} (but '
+      f'{min(strangers)}): choose a new or empty folder.'
     )
 
 
@@ -255,11 +274,11 @@ def claim(config: Config, workdir: pathlib.Path) -> None:
 def differences(old: Config, new: Config) -> list[str]:
   """Fields in which two configurations compute different things, as sentences."""
   return [
-      f'{field.name} is {getattr(old, field.name)!r} there and '
-      f'{getattr(new, field.name)!r} here'
-      for field in dataclasses.fields(Config)
-      if not field.metadata['may_change']
-      and getattr(old, field.name) != getattr(new, field.name)
+    f'{field.name} is {getattr(old, field.name)!r} there and '
+    f'{getattr(new, field.name)!r} here'
+    for field in dataclasses.fields(Config)
+    if not field.metadata['may_change']
+    and getattr(old, field.name) != getattr(new, field.name)
   ]
 
 

@@ -28,12 +28,12 @@ _SAVING_SHARE = 0.05
 
 
 def train(
-    config: Config,
-    workload: Workload,
-    workdir: str | os.PathLike[str],
-    *,
-    num_devices: int = 0,
-    timing: bool = True,
+  config: Config,
+  workload: Workload,
+  workdir: str | os.PathLike[str],
+  *,
+  num_devices: int = 0,
+  timing: bool = True,
 ) -> dict[str, Any]:
   """Trains a workload, or continues the run that workdir holds.
 
@@ -72,20 +72,20 @@ class _Run:
   """One run: its compiled steps, its state, and its files (on the primary process)."""
 
   def __init__(
-      self,
-      config: Config,
-      workload: Workload,
-      workdir: pathlib.Path,
-      replicas: parallel.DataParallel,
-      timing: bool,
+    self,
+    config: Config,
+    workload: Workload,
+    workdir: pathlib.Path,
+    replicas: parallel.DataParallel,
+    timing: bool,
   ):
     self._config, self._workload, self._workdir = config, workload, workdir
     self._replicas = replicas
     groups = optimizers.num_groups(config, replicas.num_replicas)
     self._batches = workload.train.batches(
-        config.batch_size,
-        shards=(replicas.num_replicas, *([groups] if groups else [])),
-        seed=config.seed,
+      config.batch_size,
+      shards=(replicas.num_replicas, *([groups] if groups else [])),
+      seed=config.seed,
     )
     self._steps_per_epoch = self._batches.steps_per_epoch
     tx = optimizers.build(config, self._steps_per_epoch, replicas.num_replicas)
@@ -96,10 +96,10 @@ class _Run:
     self._num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
     # One compiled step a phase of a periodic method; one for all others.
     self._train_steps = {
-        phase: replicas.map(
-            step.make_train_step(model, tx, config, groups, phase), donate=True
-        )
-        for phase in (None, False, True)
+      phase: replicas.map(
+        step.make_train_step(model, tx, config, groups, phase), donate=True
+      )
+      for phase in (None, False, True)
     }
     self._eval_step = replicas.map(step.make_eval_step(model, config))
     # Nothing is written before all of the above has proved usable.
@@ -158,7 +158,7 @@ class _Run:
       for batch in batches:
         phase = optimizers.phase(self._config, self._steps_per_epoch, self._step)
         self._state, metrics = self._train_steps[phase](
-            self._state, self._replicas.local(batch)
+          self._state, self._replicas.local(batch)
         )
         # The device is busy with this step while the one before is read.
         self._record(pending)
@@ -192,8 +192,8 @@ class _Run:
     self._progress.step(self._epoch, number, self._means.means())
     if self._config.log_every and number % self._config.log_every == 0:
       self._metrics.write(
-          **{**metrics, 'step': number, 'epoch': self._epoch + 1, 'split': 'step'},
-          seconds=self._seconds(),
+        **{**metrics, 'step': number, 'epoch': self._epoch + 1, 'split': 'step'},
+        seconds=self._seconds(),
       )
 
   def _end_epoch(self) -> None:
@@ -212,18 +212,18 @@ class _Run:
   def _evaluate(self, split: Split) -> dict[str, float]:
     """Mean loss and accuracy over a split in evaluation mode."""
     batches = split.batches(
-        self._config.batch_size, shards=(self._replicas.num_replicas,)
+      self._config.batch_size, shards=(self._replicas.num_replicas,)
     )
     variables = (self._state.params, self._state.batch_stats)
     sums = [
-        self._eval_step(variables, self._replicas.local(batch))
-        for batch in _prefetch(batches.epoch(0))
+      self._eval_step(variables, self._replicas.local(batch))
+      for batch in _prefetch(batches.epoch(0))
     ]
     sums = [self._replicas.first(x) for x in sums]
     total = {name: math.fsum(float(x[name]) for x in sums) for name in sums[0]}
     metrics = {
-        'loss': total['loss'] / total['examples'],
-        'accuracy': total['correct'] / total['examples'],
+      'loss': total['loss'] / total['examples'],
+      'accuracy': total['correct'] / total['examples'],
     }
     metrics_lib.check_finite(metrics, self._step)
     return metrics
@@ -241,11 +241,11 @@ class _Run:
       return
     self._metrics.flush()
     position = {
-        'step': self._step,
-        'epoch': self._epoch,
-        'start': self._start,
-        'means': self._means.state if self._start else None,
-        'seconds': self._seconds(),
+      'step': self._step,
+      'epoch': self._epoch,
+      'start': self._start,
+      'means': self._means.state if self._start else None,
+      'seconds': self._seconds(),
     }
     before = time.monotonic()
     self._checkpoints.save(self._replicas.first(self._state), position)
@@ -260,19 +260,19 @@ class _Run:
       return {}
     self._progress.close()
     facts = {
-        'steps': self._step,
-        'epochs': self._epoch,
-        'num_parameters': self._num_parameters,
-        'num_train_examples': self._workload.train.num_examples,
-        'num_test_examples': self._workload.test.num_examples,
-        'wall_time_seconds': self._seconds(),
-        'device': self._replicas.device_kind,
-        'num_replicas': self._replicas.num_replicas,
+      'steps': self._step,
+      'epochs': self._epoch,
+      'num_parameters': self._num_parameters,
+      'num_train_examples': self._workload.train.num_examples,
+      'num_test_examples': self._workload.test.num_examples,
+      'wall_time_seconds': self._seconds(),
+      'device': self._replicas.device_kind,
+      'num_replicas': self._replicas.num_replicas,
     }
     title = f'{self._config.task}, {self._config.optimizer}'
     curves.save(self._workdir, metrics_lib.read(self._workdir), title)
     return summary.write(
-        self._workdir, self._config, train=train, test=test, facts=facts
+      self._workdir, self._config, train=train, test=test, facts=facts
     )
 
   def _seconds(self) -> float:
@@ -311,8 +311,7 @@ def _stop_signal() -> Iterator[_Stop]:
     stop.signal_number = number
 
   before = {
-      number: signal.signal(number, handle)
-      for number in (signal.SIGTERM, signal.SIGINT)
+    number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)
   }
   try:
     yield stop

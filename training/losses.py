@@ -12,9 +12,7 @@ from training.config import Config
 from training.workload import Batch
 
 
-def smoothed_kl(
-    logits: jax.Array, labels: jax.Array, smoothing: float
-) -> jax.Array:
+def smoothed_kl(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
   r"""KL divergence of the model from label-smoothed targets, for each example.
 
   .. math:: \sum_c t_c (\log t_c - \log p_c), \quad
@@ -38,7 +36,7 @@ def smoothed_kl(
   log_probs = jax.nn.log_softmax(logits)
   off_target = smoothing / (num_classes - 1)
   targets = jnp.where(
-      labels[:, None] == jnp.arange(num_classes)[None, :], 1 - smoothing, off_target
+    labels[:, None] == jnp.arange(num_classes)[None, :], 1 - smoothing, off_target
   ).astype(log_probs.dtype)
   entropy_terms = jnp.where(targets > 0, targets * jnp.log(targets), 0)
   return jnp.sum(entropy_terms - targets * log_probs, axis=-1)
@@ -60,8 +58,13 @@ def loss_fn(model: Any, config: Config) -> Callable[..., tuple[jax.Array, Any]]:
 
   def loss(params, batch_stats, batch, *, train=False, key=None, normalizer=None):
     logits, batch_stats = apply(
-        model, params, batch_stats, batch['inputs'],
-        train=train, key=key, dtype=config.dtype,
+      model,
+      params,
+      batch_stats,
+      batch['inputs'],
+      train=train,
+      key=key,
+      dtype=config.dtype,
     )
     losses = smoothed_kl(logits, batch['labels'], config.label_smoothing)
     weights = batch['weights']
@@ -73,7 +76,7 @@ def loss_fn(model: Any, config: Config) -> Callable[..., tuple[jax.Array, Any]]:
 
 
 def mean_loss(
-    model: Any, config: Config, batch_stats: Any
+  model: Any, config: Config, batch_stats: Any
 ) -> Callable[[Any, Batch], jax.Array]:
   """The loss in evaluation mode as ``mean(params, batch)``, for curvature.
 
@@ -90,14 +93,14 @@ def num_examples(batch: Batch) -> jax.Array:
 
 
 def apply(
-    model: Any,
-    params: Any,
-    batch_stats: Any,
-    inputs: Any,
-    *,
-    train: bool = False,
-    key: Any = None,
-    dtype: str = 'float32',
+  model: Any,
+  params: Any,
+  batch_stats: Any,
+  inputs: Any,
+  *,
+  train: bool = False,
+  key: Any = None,
+  dtype: str = 'float32',
 ) -> tuple[jax.Array, Any]:
   """Runs a model; its batch statistics may be empty.
 
@@ -120,7 +123,7 @@ def apply(
     variables['batch_stats'] = batch_stats
   if train:
     logits, updated = model.apply(
-        variables, inputs, train=True, rngs={'dropout': key}, mutable=['batch_stats']
+      variables, inputs, train=True, rngs={'dropout': key}, mutable=['batch_stats']
     )
     batch_stats = updated.get('batch_stats', batch_stats)
   else:
@@ -131,9 +134,10 @@ def apply(
 def _cast(tree: Any, dtype: str) -> Any:
   """Casts floating-point leaves; indices and counts stay."""
   return jax.tree.map(
-      lambda leaf: leaf.astype(dtype)
-      if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
-      tree,
+    lambda leaf: (
+      leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+    ),
+    tree,
   )
 
 

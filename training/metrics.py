@@ -12,8 +12,17 @@ from training.errors import TrainingDiverged
 
 FILE_NAME = 'metrics.jsonl'
 _FIELDS = (
-    'step', 'epoch', 'split', 'loss', 'perturbed_loss', 'accuracy', 'gradient_norm',
-    'learning_rate', 'rho', 'seconds', 'examples_per_second',
+  'step',
+  'epoch',
+  'split',
+  'loss',
+  'perturbed_loss',
+  'accuracy',
+  'gradient_norm',
+  'learning_rate',
+  'rho',
+  'seconds',
+  'examples_per_second',
 )
 _CLOCK = ('seconds', 'examples_per_second')
 _MEANS = ('loss', 'perturbed_loss', 'accuracy', 'gradient_norm')
@@ -112,7 +121,7 @@ def check_finite(metrics: dict[str, float], step: int) -> None:
     value = metrics[name]
     if not math.isfinite(value):
       raise TrainingDiverged(
-          f'the {name} of step {step} is {value}: training has diverged and stops; the '
-          'last good checkpoint is kept. Try a lower --learning_rate or --rho, '
-          '--warmup_epochs or --clip_norm, in another --workdir.'
+        f'the {name} of step {step} is {value}: training has diverged and stops; the '
+        'last good checkpoint is kept. Try a lower --learning_rate or --rho, '
+        '--warmup_epochs or --clip_norm, in another --workdir.'
       )

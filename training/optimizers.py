@@ -57,9 +57,7 @@ class Method(NamedTuple):
 def _asam(config, around):
   del around
   weights = True if config.adaptive_rule == 'all' else None
-  return sam_jax.asam(
-      config.rho, config.adaptive_eta, weights=weights, axis_name=AXIS
-  )
+  return sam_jax.asam(config.rho, config.adaptive_eta, weights=weights, axis_name=AXIS)
 
 
 def _gsam(config, around):
@@ -67,11 +65,11 @@ def _gsam(config, around):
   if config.gsam_rho_min is not None:
     rates = jax.vmap(around.learning_rate)(jnp.arange(around.total_steps))
     rho = sam_jax.gsam_rho(
-        around.learning_rate,
-        learning_rate_min=float(rates.min()),
-        learning_rate_max=float(rates.max()),
-        rho_min=config.gsam_rho_min,
-        rho_max=config.rho,
+      around.learning_rate,
+      learning_rate_min=float(rates.min()),
+      learning_rate_max=float(rates.max()),
+      rho_min=config.gsam_rho_min,
+      rho_max=config.rho,
     )
   return sam_jax.gsam(rho, config.gsam_alpha, axis_name=AXIS)
 
@@ -90,11 +88,11 @@ def _universal(method, **fixed):
     given = {name: value for name, value in given.items() if value is not None}
     given |= {name: getattr(config, field) for name, field in fixed.items()}
     return method(
-        config.rho,
-        antithetic=config.antithetic,
-        key=config.seed,
-        axis_name=AXIS,
-        **given,
+      config.rho,
+      antithetic=config.antithetic,
+      key=config.seed,
+      axis_name=AXIS,
+      **given,
     )
 
   return build
@@ -102,92 +100,90 @@ def _universal(method, **fixed):
 
 # A new method is one entry here; its hyperparameters are fields of Config.
 METHODS: dict[str, Method] = {
-    'sam': Method(
-        0.05,
-        lambda config, around: sam_jax.sam(
-            config.rho, num_ascent_steps=config.num_ascent_steps, axis_name=AXIS
-        ),
+  'sam': Method(
+    0.05,
+    lambda config, around: sam_jax.sam(
+      config.rho, num_ascent_steps=config.num_ascent_steps, axis_name=AXIS
     ),
-    'asam': Method(0.5, _asam),
-    'usam': Method(0.05, lambda config, _: sam_jax.usam(config.rho, axis_name=AXIS)),
-    'gsam': Method(0.05, _gsam),
-    'wsam': Method(
-        0.05,
-        lambda config, around: sam_jax.wsam(
-            config.rho, config.wsam_gamma, axis_name=AXIS
-        ),
+  ),
+  'asam': Method(0.5, _asam),
+  'usam': Method(0.05, lambda config, _: sam_jax.usam(config.rho, axis_name=AXIS)),
+  'gsam': Method(0.05, _gsam),
+  'wsam': Method(
+    0.05,
+    lambda config, around: sam_jax.wsam(config.rho, config.wsam_gamma, axis_name=AXIS),
+  ),
+  'decoupled_wsam': Method(
+    0.05,
+    lambda config, around: sam_jax.decoupled_wsam(
+      around.base,
+      around.learning_rate,
+      config.rho,
+      config.wsam_gamma,
+      axis_name=AXIS,
     ),
-    'decoupled_wsam': Method(
-        0.05,
-        lambda config, around: sam_jax.decoupled_wsam(
-            around.base,
-            around.learning_rate,
-            config.rho,
-            config.wsam_gamma,
-            axis_name=AXIS,
-        ),
-        wraps_base=True,
+    wraps_base=True,
+  ),
+  'looksam': Method(
+    0.05,
+    lambda config, around: sam_jax.looksam(
+      config.rho, config.looksam_every, config.looksam_alpha, axis_name=AXIS
     ),
-    'looksam': Method(
-        0.05,
-        lambda config, around: sam_jax.looksam(
-            config.rho, config.looksam_every, config.looksam_alpha, axis_name=AXIS
-        ),
-        period=lambda config, steps_per_epoch: config.looksam_every,
+    period=lambda config, steps_per_epoch: config.looksam_every,
+  ),
+  'friendly_sam': Method(
+    0.05,
+    lambda config, around: sam_jax.friendly_sam(
+      config.rho, config.friendly_sigma, config.friendly_decay, axis_name=AXIS
     ),
-    'friendly_sam': Method(
-        0.05,
-        lambda config, around: sam_jax.friendly_sam(
-            config.rho, config.friendly_sigma, config.friendly_decay, axis_name=AXIS
-        ),
+  ),
+  'msam': Method(0.3, _msam, wraps_base=True, one_gradient=True),
+  'esam': Method(
+    0.05,
+    lambda config, around: sam_jax.esam(
+      config.rho,
+      config.esam_beta,
+      config.esam_gamma,
+      key=config.seed,
+      axis_name=AXIS,
     ),
-    'msam': Method(0.3, _msam, wraps_base=True, one_gradient=True),
-    'esam': Method(
-        0.05,
-        lambda config, around: sam_jax.esam(
-            config.rho,
-            config.esam_beta,
-            config.esam_gamma,
-            key=config.seed,
-            axis_name=AXIS,
-        ),
-        chooses_examples=True,
+    chooses_examples=True,
+  ),
+  'graphsam': Method(
+    0.05,
+    lambda config, around: sam_jax.graphsam(
+      config.rho,
+      config.graphsam_beta,
+      config.graphsam_gamma,
+      config.graphsam_epochs,
+      steps_per_epoch=around.steps_per_epoch,
+      axis_name=AXIS,
     ),
-    'graphsam': Method(
-        0.05,
-        lambda config, around: sam_jax.graphsam(
-            config.rho,
-            config.graphsam_beta,
-            config.graphsam_gamma,
-            config.graphsam_epochs,
-            steps_per_epoch=around.steps_per_epoch,
-            axis_name=AXIS,
-        ),
-        one_gradient=True,
-        period=lambda config, steps_per_epoch: steps_per_epoch,
-    ),
-    'trace_sam': Method(0.01, _universal(sam_jax.trace_sam)),
-    'frob_sam': Method(0.005, _universal(sam_jax.frob_sam)),
-    'det_sam': Method(1.0, _universal(sam_jax.det_sam, half_width='det_half_width')),
+    one_gradient=True,
+    period=lambda config, steps_per_epoch: steps_per_epoch,
+  ),
+  'trace_sam': Method(0.01, _universal(sam_jax.trace_sam)),
+  'frob_sam': Method(0.005, _universal(sam_jax.frob_sam)),
+  'det_sam': Method(1.0, _universal(sam_jax.det_sam, half_width='det_half_width')),
 }
 
 # Builders from the learning-rate schedule. Weight decay stands before them, as L2.
 BASES: dict[str, Callable[[Config, optax.Schedule], optax.GradientTransformation]] = {
-    'sgd': lambda config, rate: optax.sgd(rate),
-    'momentum': lambda config, rate: optax.sgd(rate, config.momentum),
-    'nesterov': lambda config, rate: optax.sgd(rate, config.momentum, nesterov=True),
-    'adam': lambda config, rate: optax.adam(rate),
-    'adamw': lambda config, rate: optax.adamw(rate, weight_decay=config.weight_decay),
+  'sgd': lambda config, rate: optax.sgd(rate),
+  'momentum': lambda config, rate: optax.sgd(rate, config.momentum),
+  'nesterov': lambda config, rate: optax.sgd(rate, config.momentum, nesterov=True),
+  'adam': lambda config, rate: optax.adam(rate),
+  'adamw': lambda config, rate: optax.adamw(rate, weight_decay=config.weight_decay),
 }
 _DECOUPLED = ('adamw',)
 # What only a method heeds, with the value at which it says nothing.
 _OF_METHODS = {
-    'rho': None,
-    'm_sharpness': 0,
-    'sync_perturbation': False,
-    'perturb_every': 1,
-    'perturb_from': 0.0,
-    'perturb_until': 0.0,
+  'rho': None,
+  'm_sharpness': 0,
+  'sync_perturbation': False,
+  'perturb_every': 1,
+  'perturb_from': 0.0,
+  'perturb_until': 0.0,
 }
 
 
@@ -207,29 +203,29 @@ def validate(config: Config, num_replicas: int = 1) -> None:
     return
   if config.sync_perturbation:
     raise UsageError(
-        f'--m_sharpness={config.m_sharpness} perturbs group by group and '
-        '--sync_perturbation the whole batch at once: choose one.'
+      f'--m_sharpness={config.m_sharpness} perturbs group by group and '
+      '--sync_perturbation the whole batch at once: choose one.'
     )
   share = num_replicas * config.m_sharpness
   if config.batch_size % share:
     raise UsageError(
-        f'--m_sharpness={config.m_sharpness}: --batch_size={config.batch_size} must be '
-        f'a multiple of {share} (examples a group x {num_replicas} devices).'
+      f'--m_sharpness={config.m_sharpness}: --batch_size={config.batch_size} must be '
+      f'a multiple of {share} (examples a group x {num_replicas} devices).'
     )
 
 
 def _refuse_without_method(config: Config) -> None:
   if config.base_optimizer != config.optimizer:
     raise UsageError(
-        f'--optimizer={config.optimizer} is a base optimizer, so '
-        f'--base_optimizer={config.base_optimizer} contradicts it: drop one of them.'
+      f'--optimizer={config.optimizer} is a base optimizer, so '
+      f'--base_optimizer={config.base_optimizer} contradicts it: drop one of them.'
     )
   for name, silent in _OF_METHODS.items():
     if getattr(config, name) != silent:
       raise UsageError(
-          f'--{name}={getattr(config, name)} has no effect with '
-          f'--optimizer={config.optimizer}: choose a sharpness-aware method '
-          f'({", ".join(METHODS)}).'
+        f'--{name}={getattr(config, name)} has no effect with '
+        f'--optimizer={config.optimizer}: choose a sharpness-aware method '
+        f'({", ".join(METHODS)}).'
       )
 
 
@@ -237,30 +233,30 @@ def _check_method(config: Config) -> None:
   method = METHODS[config.optimizer]
   if config.optimizer == 'msam' and config.base_optimizer == 'sgd':
     raise UsageError(
-        '--optimizer=msam follows a momentum buffer, which --base_optimizer=sgd has '
-        'not: choose momentum, nesterov, adam or adamw.'
+      '--optimizer=msam follows a momentum buffer, which --base_optimizer=sgd has '
+      'not: choose momentum, nesterov, adam or adamw.'
     )
   if config.optimizer == 'frob_sam' and config.num_probes == 1:
     raise UsageError('--num_probes=1: frob_sam takes a variance; give at least 2.')
   if _is_periodic(config) and (method.wraps_base or method.one_gradient):
     raise UsageError(
-        f'--perturb_every, --perturb_from and --perturb_until do not go with '
-        f'--optimizer={config.optimizer}, which has no clean gradient to fall back on.'
+      f'--perturb_every, --perturb_from and --perturb_until do not go with '
+      f'--optimizer={config.optimizer}, which has no clean gradient to fall back on.'
     )
   alone = method.wraps_base or method.one_gradient or method.chooses_examples
   if config.m_sharpness and alone:
     raise UsageError(
-        f'--m_sharpness={config.m_sharpness} does not go with '
-        f'--optimizer={config.optimizer}: choose a method with an ascent of its own '
-        'on each group, such as sam.'
+      f'--m_sharpness={config.m_sharpness} does not go with '
+      f'--optimizer={config.optimizer}: choose a method with an ascent of its own '
+      'on each group, such as sam.'
     )
 
 
 def _is_periodic(config: Config) -> bool:
   return any(
-      getattr(config, name) != silent
-      for name, silent in _OF_METHODS.items()
-      if name.startswith('perturb_')
+    getattr(config, name) != silent
+    for name, silent in _OF_METHODS.items()
+    if name.startswith('perturb_')
   )
 
 
@@ -315,7 +311,7 @@ def learning_rate(config: Config, steps_per_epoch: int) -> optax.Schedule:
 
 
 def build(
-    config: Config, steps_per_epoch: int, num_replicas: int = 1
+  config: Config, steps_per_epoch: int, num_replicas: int = 1
 ) -> optax.GradientTransformationExtraArgs:
   """The whole chain, to be updated under an axis named `parallel.AXIS`.
 
@@ -334,9 +330,7 @@ def build(
   rate = learning_rate(config, steps_per_epoch)
   base = _base(config, rate)
   if config.optimizer not in METHODS:
-    return optax.chain(
-        sam_jax.cross_replica_mean(AXIS), record_gradient_norm(), *base
-    )
+    return optax.chain(sam_jax.cross_replica_mean(AXIS), record_gradient_norm(), *base)
   before = [sam_jax.cross_replica_mean(AXIS)] if config.sync_perturbation else []
   after = [sam_jax.cross_replica_mean(AXIS), *base]
   method = METHODS[config.optimizer]
@@ -346,7 +340,7 @@ def build(
   if _is_periodic(config):
     start, stop = _active(config, steps_per_epoch)
     built = sam_jax.periodic(
-        built, every=config.perturb_every, start=start, stop=stop, axis_name=AXIS
+      built, every=config.perturb_every, start=start, stop=stop, axis_name=AXIS
     )
   groups = num_groups(config, num_replicas)
   if groups:
@@ -363,7 +357,7 @@ def _base(config: Config, rate: optax.Schedule) -> list[Any]:
     chain.append(optax.add_decayed_weights(config.weight_decay))
   # Injected, so that the state tells the rate of the step just taken.
   base = optax.inject_hyperparams(
-      lambda learning_rate: BASES[config.base_optimizer](config, learning_rate)
+    lambda learning_rate: BASES[config.base_optimizer](config, learning_rate)
   )
   return [*chain, base(learning_rate=rate)]
 
@@ -382,9 +376,7 @@ def record_gradient_norm() -> optax.GradientTransformation:
     return updates, GradientNormState(optax.tree.norm(updates))
 
   def init_fn(params):
-    return GradientNormState(
-        jnp.zeros([], jnp.result_type(*jax.tree.leaves(params)))
-    )
+    return GradientNormState(jnp.zeros([], jnp.result_type(*jax.tree.leaves(params))))
 
   return optax.GradientTransformation(init_fn, update_fn)
 
@@ -392,9 +384,9 @@ def record_gradient_norm() -> optax.GradientTransformation:
 def _steps(config: Config, steps_per_epoch: int) -> optax.Schedule:
   """The paper's schedule; a boundary inside an epoch waits for its end."""
   boundaries = [
-      -(-config.epochs * tenths // 10) * steps_per_epoch for tenths in _STEP_TENTHS
+    -(-config.epochs * tenths // 10) * steps_per_epoch for tenths in _STEP_TENTHS
   ]
   rates = [
-      config.learning_rate * _STEP_FACTOR**drops for drops in range(len(boundaries) + 1)
+    config.learning_rate * _STEP_FACTOR**drops for drops in range(len(boundaries) + 1)
   ]
   return lambda count: jnp.asarray(rates)[jnp.sum(count >= jnp.asarray(boundaries))]

@@ -25,8 +25,8 @@ class DataParallel:
     devices = jax.local_devices()
     if num_devices > len(devices):
       raise UsageError(
-          f'--devices={num_devices}: this process has {len(devices)} '
-          f'{devices[0].platform} device(s); give at most that, or 0 for all.'
+        f'--devices={num_devices}: this process has {len(devices)} '
+        f'{devices[0].platform} device(s); give at most that, or 0 for all.'
       )
     if num_devices < 0:
       raise UsageError(f'--devices={num_devices}: must not be negative.')
@@ -44,18 +44,19 @@ class DataParallel:
     return self._devices[0].device_kind
 
   def map(
-      self, step: Callable[..., Any], *, donate: bool = False
+    self, step: Callable[..., Any], *, donate: bool = False
   ) -> Callable[..., Any]:
     """Maps a step written per replica; with donate its first argument is consumed."""
     return jax.pmap(
-        step,
-        axis_name=AXIS,
-        devices=self._devices if jax.process_count() == 1 else None,
-        donate_argnums=(0,) if donate else (),
+      step,
+      axis_name=AXIS,
+      devices=self._devices if jax.process_count() == 1 else None,
+      donate_argnums=(0,) if donate else (),
     )
 
   def replicate(self, tree: Any) -> Any:
     """Gives every leaf a leading axis, one copy a local replica."""
+
     def stack(leaf):
       if _is_key(leaf):
         data = stack(jax.random.key_data(leaf))
@@ -67,6 +68,7 @@ class DataParallel:
 
   def first(self, tree: Any) -> Any:
     """The first local replica of a mapped result, in NumPy (keys as typed keys)."""
+
     def take(leaf):
       data = leaf.addressable_shards[0].data
       return data[0] if _is_key(leaf) else np.asarray(data)[0]
@@ -82,7 +84,7 @@ class DataParallel:
 
 
 def initialize(
-    coordinator: str = '', num_processes: int = 0, process_id: int = -1
+  coordinator: str = '', num_processes: int = 0, process_id: int = -1
 ) -> None:
   """Joins the processes of a multi-host run, before anything else touches a device.
 
@@ -104,8 +106,8 @@ def initialize(
       jax.distributed.initialize(coordinator, num_processes, process_id)
   except (ValueError, RuntimeError) as error:
     raise UsageError(
-        f'--coordinator={coordinator} --num_processes={num_processes} '
-        f'--process_id={process_id}: cannot join the other processes ({error}).'
+      f'--coordinator={coordinator} --num_processes={num_processes} '
+      f'--process_id={process_id}: cannot join the other processes ({error}).'
     ) from error
 
 

@@ -40,9 +40,9 @@ class Progress:
       seconds = (now - started) / (step - first_step) * (self._steps - step)
       left = f'  {_clock(seconds)} left'
     self._write(
-        f'epoch {epoch + 1}/{self._epochs}  step {step}/{self._steps}'
-        f'  {_loss(means)}  accuracy {100 * means["accuracy"]:.2f} %'
-        f'{self._test}  {means["examples_per_second"]:,.0f} examples/s{left}'
+      f'epoch {epoch + 1}/{self._epochs}  step {step}/{self._steps}'
+      f'  {_loss(means)}  accuracy {100 * means["accuracy"]:.2f} %'
+      f'{self._test}  {means["examples_per_second"]:,.0f} examples/s{left}'
     )
 
   def test(self, accuracy: float) -> None:

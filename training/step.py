@@ -39,7 +39,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-    model: Any, tx: optax.GradientTransformation, example_inputs: Any, seed: int
+  model: Any, tx: optax.GradientTransformation, example_inputs: Any, seed: int
 ) -> TrainState:
   """The state before the first step."""
 
@@ -54,11 +54,11 @@ def init_state(
 
 
 def make_train_step(
-    model: Any,
-    tx: optax.GradientTransformationExtraArgs,
-    config: Config,
-    num_groups: int = 0,
-    phase: bool | None = None,
+  model: Any,
+  tx: optax.GradientTransformationExtraArgs,
+  config: Config,
+  num_groups: int = 0,
+  phase: bool | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """A step ``(state, batch) -> (state, metrics)`` of one replica of the axis `AXIS`.
 
@@ -88,12 +88,12 @@ def make_train_step(
 
     def objective(params, shard, shard_key=key, normalizer=share):
       value, (logits, batch_stats) = loss(
-          params,
-          state.batch_stats,
-          shard,
-          train=True,
-          key=shard_key,
-          normalizer=normalizer,
+        params,
+        state.batch_stats,
+        shard,
+        train=True,
+        key=shard_key,
+        normalizer=normalizer,
       )
       weight = jnp.sum(shard['weights'])
       return value, (losses.num_correct(logits, shard), weight, batch_stats)
@@ -125,7 +125,7 @@ def make_train_step(
     if num_groups:
       # Every group takes its own clean gradient inside the method.
       value, aux = jax.lax.map(
-          lambda group: of_group(point, group), jnp.arange(num_groups)
+        lambda group: of_group(point, group), jnp.arange(num_groups)
       )
       value, grads = jnp.mean(value), jax.tree.map(jnp.zeros_like, state.params)
     else:
@@ -139,10 +139,10 @@ def make_train_step(
     updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
     params = optax.apply_updates(state.params, updates)
     metrics = {
-        **({} if one_gradient else {'loss': jax.lax.pmean(value, AXIS)}),
-        'accuracy': jax.lax.psum(jnp.sum(correct), AXIS) / total,
-        'examples': total,
-        **_state_metrics(opt_state),
+      **({} if one_gradient else {'loss': jax.lax.pmean(value, AXIS)}),
+      'accuracy': jax.lax.psum(jnp.sum(correct), AXIS) / total,
+      'examples': total,
+      **_state_metrics(opt_state),
     }
     state = TrainState(state.step + 1, params, batch_stats, opt_state, state.key)
     return state, metrics
@@ -151,7 +151,7 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: Any, config: Config
+  model: Any, config: Config
 ) -> Callable[[tuple[Any, Any], Batch], Metrics]:
   """A step ``((params, batch_stats), batch) -> sums`` over all replicas' shards."""
   loss = losses.loss_fn(model, config)
@@ -159,9 +159,9 @@ def make_eval_step(
   def eval_step(variables, batch):
     value, (logits, _) = loss(*variables, batch, normalizer=1)
     sums = {
-        'loss': value,
-        'correct': losses.num_correct(logits, batch),
-        'examples': jnp.sum(batch['weights']),
+      'loss': value,
+      'correct': losses.num_correct(logits, batch),
+      'examples': jnp.sum(batch['weights']),
     }
     return jax.lax.psum(sums, AXIS)
 
@@ -198,9 +198,9 @@ def _weighted_mean(batch_stats: Any, weight: jax.Array, total: jax.Array) -> Any
 def _state_metrics(opt_state: Any) -> Metrics:
   """Scalars recorded in the optimizer's state, those it has."""
   found = {
-      name: optax.tree.get(
-          opt_state, name, None, filtering=lambda _, leaf: isinstance(leaf, jax.Array)
-      )
-      for name in _STATE_METRICS
+    name: optax.tree.get(
+      opt_state, name, None, filtering=lambda _, leaf: isinstance(leaf, jax.Array)
+    )
+    for name in _STATE_METRICS
   }
   return {name: value for name, value in found.items() if value is not None}

@@ -14,12 +14,12 @@ FILE_NAME = 'summary.json'
 
 
 def write(
-    workdir: pathlib.Path,
-    config: Config,
-    *,
-    train: dict[str, float],
-    test: dict[str, float],
-    facts: dict[str, Any],
+  workdir: pathlib.Path,
+  config: Config,
+  *,
+  train: dict[str, float],
+  test: dict[str, float],
+  facts: dict[str, Any],
 ) -> dict[str, Any]:
   """Writes `summary.json`.
 
@@ -36,29 +36,29 @@ def write(
   lines = [x for x in metrics_lib.read(workdir) if x['split'] == 'test']
   best = max(lines, key=lambda line: line['accuracy'])
   summary = {
-      'task': config.task,
-      'optimizer': config.optimizer,
-      'base_optimizer': config.base_optimizer,
-      'rho': config.rho,
-      'seed': config.seed,
-      'final': {
-          'train_loss': train['loss'],
-          'train_accuracy': train['accuracy'],
-          'test_loss': test['loss'],
-          'test_accuracy': test['accuracy'],
-          'generalization_gap': test['loss'] - train['loss'],
-      },
-      'best': {
-          'test_accuracy': best['accuracy'],
-          'test_accuracy_epoch': best['epoch'],
-          'test_loss': min(line['loss'] for line in lines),
-      },
-      'note': (
-          'losses and accuracies are means over the whole split in evaluation mode; '
-          'generalization_gap = test_loss - train_loss'
-      ),
-      **facts,
-      'versions': config_lib.versions(),
+    'task': config.task,
+    'optimizer': config.optimizer,
+    'base_optimizer': config.base_optimizer,
+    'rho': config.rho,
+    'seed': config.seed,
+    'final': {
+      'train_loss': train['loss'],
+      'train_accuracy': train['accuracy'],
+      'test_loss': test['loss'],
+      'test_accuracy': test['accuracy'],
+      'generalization_gap': test['loss'] - train['loss'],
+    },
+    'best': {
+      'test_accuracy': best['accuracy'],
+      'test_accuracy_epoch': best['epoch'],
+      'test_loss': min(line['loss'] for line in lines),
+    },
+    'note': (
+      'losses and accuracies are means over the whole split in evaluation mode; '
+      'generalization_gap = test_loss - train_loss'
+    ),
+    **facts,
+    'versions': config_lib.versions(),
   }
   config_lib.write_json(workdir / FILE_NAME, summary)
   return summary
@@ -74,7 +74,8 @@ def describe(summary: dict[str, Any]) -> str:
   """A summary in a few lines of text."""
   final = summary['final']
   radius = '' if summary['rho'] is None else f' (rho {summary["rho"]:g})'
-  return '\n'.join([
+  return '\n'.join(
+    [
       f'{summary["task"]}, {summary["optimizer"]}{radius}, seed {summary["seed"]}: '
       f'{summary["steps"]} steps, {summary["num_parameters"]:,} parameters, '
       f'{summary["wall_time_seconds"]:.1f} s on {summary["device"]}',
@@ -85,4 +86,5 @@ def describe(summary: dict[str, Any]) -> str:
       f'{100 * summary["best"]["test_accuracy"]:.2f} % in epoch '
       f'{summary["best"]["test_accuracy_epoch"]})',
       f'  generalization gap (test - train loss) {final["generalization_gap"]:.4f}',
-  ])
+    ]
+  )

@@ -25,19 +25,19 @@ _HESSIAN_BATCH = 512
 _TOLERANCE = 1e-3
 
 _COLUMNS = {
-    'train_loss': 'train loss',
-    'test_loss': 'test loss',
-    'test_accuracy': 'test accuracy (%)',
-    'generalization_gap': 'gap (test - train loss)',
-    'lambda_max': 'lambda_max',
+  'train_loss': 'train loss',
+  'test_loss': 'test loss',
+  'test_accuracy': 'test accuracy (%)',
+  'generalization_gap': 'gap (test - train loss)',
+  'lambda_max': 'lambda_max',
 }
 
 
 def points(
-    resolve: Callable[..., Config],
-    names: Sequence[str | None],
-    radii: Sequence[float | None],
-    seeds: int | None,
+  resolve: Callable[..., Config],
+  names: Sequence[str | None],
+  radii: Sequence[float | None],
+  seeds: int | None,
 ) -> dict[str, Config]:
   """The runs of a command by their folder; one plain run has the folder ''.
 
@@ -70,12 +70,12 @@ def points(
 
 
 def run(
-    configs: dict[str, Config],
-    build: Callable[[Config], Workload],
-    workdir: pathlib.Path,
-    *,
-    sharpness: bool = True,
-    **options: Any,
+  configs: dict[str, Config],
+  build: Callable[[Config], Workload],
+  workdir: pathlib.Path,
+  *,
+  sharpness: bool = True,
+  **options: Any,
 ) -> list[dict[str, Any]]:
   """Runs what is not finished yet, one run after the other, and compares.
 
@@ -94,7 +94,7 @@ def run(
   """
   if (workdir / config_lib.FILE_NAME).exists():
     raise UsageError(
-        f'--workdir={workdir} holds a single run, not a sweep: choose another folder.'
+      f'--workdir={workdir} holds a single run, not a sweep: choose another folder.'
     )
   for folder, config in configs.items():
     config_lib.check(config, workdir / folder)
@@ -123,25 +123,25 @@ def _lambda_max(config: Config, workload: Workload, workdir: pathlib.Path) -> fl
     return json.loads(path.read_text())['lambda_max']
   params, batch_stats, _ = checkpoints.load_variables(workdir, workload)
   operator = curvature.hessian(
-      losses.mean_loss(workload.model, config, batch_stats),
-      params,
-      list(workload.train.batches(_HESSIAN_BATCH).epoch(0)),
-      weight=losses.num_examples,
+    losses.mean_loss(workload.model, config, batch_stats),
+    params,
+    list(workload.train.batches(_HESSIAN_BATCH).epoch(0)),
+    weight=losses.num_examples,
   )
   pairs = curvature.eigenpairs(
-      operator, 1, which='largest', tol=_TOLERANCE, key=jax.random.key(0)
+    operator, 1, which='largest', tol=_TOLERANCE, key=jax.random.key(0)
   )
   measured = {
-      'lambda_max': float(pairs.eigenvalues[0]),
-      'residual': float(pairs.residuals[0]),
-      'converged': bool(pairs.converged[0]),
+    'lambda_max': float(pairs.eigenvalues[0]),
+    'residual': float(pairs.residuals[0]),
+    'converged': bool(pairs.converged[0]),
   }
   config_lib.write_json(path, measured)
   return measured['lambda_max']
 
 
 def _rows(
-    configs: dict[str, Config], results: dict[str, dict[str, float]]
+  configs: dict[str, Config], results: dict[str, dict[str, float]]
 ) -> list[dict[str, Any]]:
   """Mean and standard error over the seeds of each optimizer and radius."""
   groups: dict[tuple[str, float | None], list[str]] = {}
@@ -167,17 +167,17 @@ def _standard_error(values: Sequence[float]) -> float | None:
 
 
 def _write(
-    workdir: pathlib.Path,
-    configs: dict[str, Config],
-    rows: list[dict[str, Any]],
-    results: dict[str, dict[str, float]],
+  workdir: pathlib.Path,
+  configs: dict[str, Config],
+  rows: list[dict[str, Any]],
+  results: dict[str, dict[str, float]],
 ) -> None:
   config_lib.write_json(workdir / RESULTS_NAME, {'rows': rows, 'runs': results})
   table = _table(rows)
   task = next(iter(configs.values())).task
   note = (
-      f'{task}: mean +- standard error over seeds; losses in evaluation mode, over the '
-      'whole split.'
+    f'{task}: mean +- standard error over seeds; losses in evaluation mode, over the '
+    'whole split.'
   )
   (workdir / TABLE_NAME).write_text(f'{table}\n\n{note}\n')
   _figure(workdir / FIGURE_NAME, rows)
@@ -194,8 +194,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
     cells[-1] += [_cell(row, name) for name in columns]
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   lines = [
-      '| ' + ' | '.join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + ' |'
-      for line in cells
+    '| ' + ' | '.join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + ' |'
+    for line in cells
   ]
   lines.insert(1, '| ' + ' | '.join('-' * width for width in widths) + ' |')
   return '\n'.join(lines)
@@ -227,12 +227,13 @@ def _figure(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
       if chosen[0]['rho'] is None:
         axes.axhline(values[0], color=colour, label=optimizer)
         axes.axhspan(
-            values[0] - errors[0], values[0] + errors[0], color=colour, alpha=0.15, lw=0
+          values[0] - errors[0], values[0] + errors[0], color=colour, alpha=0.15, lw=0
         )
         continue
       radii = [row['rho'] for row in chosen]
-      axes.errorbar(radii, values, errors, fmt='o-', color=colour, label=optimizer,
-                    capsize=3)
+      axes.errorbar(
+        radii, values, errors, fmt='o-', color=colour, label=optimizer, capsize=3
+      )
     axes.set(xlabel='rho', ylabel=_COLUMNS[name])
     if any(row['rho'] for row in rows):
       axes.set_xscale('log' if all(row['rho'] != 0 for row in rows) else 'linear')

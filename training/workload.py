@@ -22,7 +22,7 @@ class Split(Protocol):
   def num_examples(self) -> int: ...
 
   def batches(
-      self, batch_size: int, *, shards: tuple[int, ...] = (), seed: int | None = None
+    self, batch_size: int, *, shards: tuple[int, ...] = (), seed: int | None = None
   ) -> Batches: ...
 
 

@@ -99,7 +99,9 @@ def test_padding_changes_neither_values_nor_gradients(params):
 def test_hessian_vector_products_are_finite_and_symmetric(params):
   value = lambda p: (MODEL.apply({'params': p}, padded())[:3] ** 2).sum()
   u, v = (
-    jax.tree.map(lambda x, s=s: jnp.sin(s * jnp.arange(x.size).reshape(x.shape)), params)
+    jax.tree.map(
+      lambda x, s=s: jnp.sin(s * jnp.arange(x.size).reshape(x.shape)), params
+    )
     for s in (1.0, 2.0)
   )
   product = jax.jit(lambda w: jax.jvp(jax.grad(value), (params,), (w,))[1])

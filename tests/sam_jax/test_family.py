@@ -449,7 +449,8 @@ def test_the_perturbation_has_length_rho(rho, seed):
     seen, state = [], tx.init(params)
     for _ in range(2):
       g = like()
-      _, state = tx.update(g, state, params, grad_fn=lambda p: seen.append(p) or p)
+      spy = lambda p, seen=seen: seen.append(p) or p
+      _, state = tx.update(g, state, params, grad_fn=spy)
     for point in seen:
       np.testing.assert_allclose(optax.tree.norm(point), rho, rtol=1e-5)
   for tx in (

@@ -21,35 +21,36 @@ _ROOT = pathlib.Path(train.__file__).parent
 
 def _run(*arguments):
   return cli.run(
-      train.main, ['train.py', '--nocache', '--devices=1', *arguments],
-      errors=(DataError,),
+    train.main,
+    ['train.py', '--nocache', '--devices=1', *arguments],
+    errors=(DataError,),
   )
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'words'),
-    [
-        ('--rho=-1', '--rho=-1.0: the radius must not be negative'),
-        ('--optimizer=sam --rho=nan', '--rho=nan: must be a finite number'),
-        ('--rho=abc', '--rho=abc: give one or more numbers'),
-        ('--rho=', '--rho= is empty'),
-        ('--optimizer=sgd --rho=0.1', 'has no effect with --optimizer=sgd'),
-        ('--optimizer=foo', '--optimizer=foo: choose one of sam'),
-        ('--optimizer=sam,foo', '--optimizer=foo: choose one of sam'),
-        ('--base_optimizer=foo --optimizer=sam', '--base_optimizer=foo: choose one'),
-        ('--task=foo', '--task=foo: choose one of digits_mlp'),
-        ('--task=tudataset_gcn', 'give --dataset=PROTEINS'),
-        ('--schedule=foo', '--schedule=foo: choose one of step'),
-        ('--epoch=3', "'epoch'. Did you mean: epochs"),
-        ('--epochs=0', '--epochs=0: must be at least 1'),
-        ('--epochs=many', '--epochs=many'),
-        ('--learning_rate=nan', '--learning_rate=nan: must be a finite number'),
-        ('--seeds=0', '--seeds=0: must be at least 1'),
-        ('--devices=99', '--devices=99: this process has'),
-        ('--m_sharpness=5 --optimizer=sam', 'multiple of 5'),
-        ('--init_from=/nowhere', '--init_from=/nowhere: /nowhere has no checkpoint'),
-        ('sam', "unexpected argument 'sam'"),
-    ],
+  ('arguments', 'words'),
+  [
+    ('--rho=-1', '--rho=-1.0: the radius must not be negative'),
+    ('--optimizer=sam --rho=nan', '--rho=nan: must be a finite number'),
+    ('--rho=abc', '--rho=abc: give one or more numbers'),
+    ('--rho=', '--rho= is empty'),
+    ('--optimizer=sgd --rho=0.1', 'has no effect with --optimizer=sgd'),
+    ('--optimizer=foo', '--optimizer=foo: choose one of sam'),
+    ('--optimizer=sam,foo', '--optimizer=foo: choose one of sam'),
+    ('--base_optimizer=foo --optimizer=sam', '--base_optimizer=foo: choose one'),
+    ('--task=foo', '--task=foo: choose one of digits_mlp'),
+    ('--task=tudataset_gcn', 'give --dataset=PROTEINS'),
+    ('--schedule=foo', '--schedule=foo: choose one of step'),
+    ('--epoch=3', "'epoch'. Did you mean: epochs"),
+    ('--epochs=0', '--epochs=0: must be at least 1'),
+    ('--epochs=many', '--epochs=many'),
+    ('--learning_rate=nan', '--learning_rate=nan: must be a finite number'),
+    ('--seeds=0', '--seeds=0: must be at least 1'),
+    ('--devices=99', '--devices=99: this process has'),
+    ('--m_sharpness=5 --optimizer=sam', 'multiple of 5'),
+    ('--init_from=/nowhere', '--init_from=/nowhere: /nowhere has no checkpoint'),
+    ('sam', "unexpected argument 'sam'"),
+  ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, tmp_path, capsys):
   workdir = tmp_path / 'run'
@@ -110,17 +111,21 @@ def test_a_sweep_compares_and_repeats_nothing(tmp_path, capsys):
   first = capsys.readouterr().out
   runs = [p.parent.relative_to(tmp_path) for p in tmp_path.rglob('config.json')]
   assert sorted(map(str, runs)) == [
-      'sam/rho_0.1/seed_0', 'sam/rho_0.1/seed_1', 'sgd/seed_0', 'sgd/seed_1'
+    'sam/rho_0.1/seed_0',
+    'sam/rho_0.1/seed_1',
+    'sgd/seed_0',
+    'sgd/seed_1',
   ]
   results = json.loads((tmp_path / 'sweep.json').read_text())
   assert [(r['optimizer'], r['rho'], r['seeds']) for r in results['rows']] == [
-      ('sgd', None, 2), ('sam', 0.1, 2)
+    ('sgd', None, 2),
+    ('sam', 0.1, 2),
   ]
   sgd = [results['runs'][f'sgd/seed_{seed}']['lambda_max'] for seed in (0, 1)]
   row = results['rows'][0]
   np.testing.assert_allclose(row['lambda_max'], np.mean(sgd))
   np.testing.assert_allclose(
-      row['lambda_max_error'], abs(sgd[0] - sgd[1]) / 2, rtol=1e-6
+    row['lambda_max_error'], abs(sgd[0] - sgd[1]) / 2, rtol=1e-6
   )
   table = (tmp_path / 'sweep.md').read_text()
   assert table in first and table.count('+-') == 11
@@ -134,9 +139,12 @@ def test_a_sweep_compares_and_repeats_nothing(tmp_path, capsys):
 def _start(workdir, *flags, environment=None):
   variables = {**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'}
   return subprocess.Popen(
-      [sys.executable, 'train.py', f'--workdir={workdir}', '--notiming', *flags],
-      cwd=_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-      env={**variables, **(environment or {})},
+    [sys.executable, 'train.py', f'--workdir={workdir}', '--notiming', *flags],
+    cwd=_ROOT,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+    env={**variables, **(environment or {})},
   )
 
 
@@ -196,17 +204,20 @@ def test_two_processes_equal_two_devices(tmp_path):
   assert _finish(alone) == (0, '')
   port = 20_000 + os.getpid() % 20_000
   together = [
-      _start(
-          tmp_path / 'together', *flags, f'--coordinator=localhost:{port}',
-          '--num_processes=2', f'--process_id={i}',
-      )
-      for i in range(2)
+    _start(
+      tmp_path / 'together',
+      *flags,
+      f'--coordinator=localhost:{port}',
+      '--num_processes=2',
+      f'--process_id={i}',
+    )
+    for i in range(2)
   ]
   for process in together:
     code, error = _finish(process)
     assert code == 0, error
   ours, theirs = (
-      checkpoints.load(tmp_path / name).arrays for name in ('together', 'alone')
+    checkpoints.load(tmp_path / name).arrays for name in ('together', 'alone')
   )
   assert ours.keys() == theirs.keys()
   for name in theirs:

@@ -34,11 +34,11 @@ def split(num_examples, seed=0, dtype=np.float32):
 def workload(train=None, dropout_rate=0.3):
   train = train or split(22)
   return Workload(
-      model=SmallNetwork(dropout_rate),
-      train=train,
-      test=split(13, seed=1),
-      num_classes=3,
-      example_inputs=np.zeros((1, 5), np.float32),
+    model=SmallNetwork(dropout_rate),
+    train=train,
+    test=split(13, seed=1),
+    num_classes=3,
+    example_inputs=np.zeros((1, 5), np.float32),
   )
 
 

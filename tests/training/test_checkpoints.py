@@ -15,8 +15,8 @@ from training.step import TrainState
 
 def _state(step):
   params = {
-      'dense': {'kernel': jnp.full((3, 2), 1.0 / 3 + step), 'bias': jnp.arange(2.0)},
-      'half': jnp.full((4,), 1 / 3 + step, jnp.bfloat16),
+    'dense': {'kernel': jnp.full((3, 2), 1.0 / 3 + step), 'bias': jnp.arange(2.0)},
+    'half': jnp.full((4,), 1 / 3 + step, jnp.bfloat16),
   }
   stats = {'mean': jnp.full((2,), float(step))}
   opt_state = (optax.adam(0.1).init(params), {'key': jax.random.key(step)})
@@ -26,7 +26,7 @@ def _state(step):
 def _equal(a, b):
   a, b = checkpoints.to_arrays(a), checkpoints.to_arrays(b)
   return a.keys() == b.keys() and all(
-      a[k].dtype == b[k].dtype and a[k].tobytes() == b[k].tobytes() for k in a
+    a[k].dtype == b[k].dtype and a[k].tobytes() == b[k].tobytes() for k in a
   )
 
 
@@ -65,10 +65,10 @@ def _damages(path):
   if flipped:
     flipped[len(flipped) // 2] ^= 0x10
   return {
-      'truncate': lambda: path.write_bytes(data[: len(data) // 2]),
-      'empty': lambda: path.write_bytes(b''),
-      'flip': lambda: path.write_bytes(bytes(flipped)),
-      'remove': path.unlink,
+    'truncate': lambda: path.write_bytes(data[: len(data) // 2]),
+    'empty': lambda: path.write_bytes(b''),
+    'flip': lambda: path.write_bytes(bytes(flipped)),
+    'remove': path.unlink,
   }
 
 
@@ -91,7 +91,7 @@ def test_any_damage_to_the_newest_falls_back(saved, tmp_path, damage):
 
 
 def test_after_a_fall_back_the_number_is_free_and_the_damaged_files_are_kept(
-    saved, tmp_path
+  saved, tmp_path
 ):
   workdir = tmp_path / 'copy'
   shutil.copytree(saved, workdir)
@@ -106,15 +106,15 @@ def test_after_a_fall_back_the_number_is_free_and_the_damaged_files_are_kept(
 
 
 def test_without_a_readable_checkpoint_a_run_starts_anew_and_a_reader_is_told(
-    saved, tmp_path
+  saved, tmp_path
 ):
   workdir = tmp_path / 'copy'
   shutil.copytree(saved, workdir)
   for step in '12':
     (workdir / 'checkpoints' / step / 'state' / 'manifest.ocdbt').write_bytes(b'')
   with (
-      pytest.warns(UserWarning, match='is damaged'),
-      pytest.raises(UsageError, match='every checkpoint'),
+    pytest.warns(UserWarning, match='is damaged'),
+    pytest.raises(UsageError, match='every checkpoint'),
   ):
     checkpoints.load(workdir)
   with pytest.warns(UserWarning, match='is damaged'):

@@ -11,16 +11,26 @@ from training import config as config_lib
 
 
 @pytest.mark.parametrize(
-    ('field', 'value'),
-    [
-        ('rho', -0.1), ('rho', math.nan), ('learning_rate', math.inf),
-        ('learning_rate', -1.0), ('weight_decay', -1.0), ('epochs', 0),
-        ('batch_size', 0),
-        ('schedule', 'linear'), ('dtype', 'float16'), ('adaptive_rule', 'some'),
-        ('momentum', 1.0), ('label_smoothing', 1.0), ('warmup_epochs', 50.0),
-        ('m_sharpness', -1), ('seed', -1), ('checkpoint_every', -1),
-        ('clip_norm', -1.0),
-    ],
+  ('field', 'value'),
+  [
+    ('rho', -0.1),
+    ('rho', math.nan),
+    ('learning_rate', math.inf),
+    ('learning_rate', -1.0),
+    ('weight_decay', -1.0),
+    ('epochs', 0),
+    ('batch_size', 0),
+    ('schedule', 'linear'),
+    ('dtype', 'float16'),
+    ('adaptive_rule', 'some'),
+    ('momentum', 1.0),
+    ('label_smoothing', 1.0),
+    ('warmup_epochs', 50.0),
+    ('m_sharpness', -1),
+    ('seed', -1),
+    ('checkpoint_every', -1),
+    ('clip_norm', -1.0),
+  ],
 )
 def test_a_bad_value_is_named(field, value):
   with pytest.raises(UsageError, match=f'^--{field}={value}: .*\\.$'):

@@ -43,13 +43,9 @@ def test_trains_logs_and_resumes_bit_for_bit(method, small, tmp_path, monkeypatc
 
   monkeypatch.setattr(parallel, 'agree_to_stop', lambda step, asked: step == 4)
   with pytest.raises(SystemExit):
-    loop.train(
-      config, small.workload(), tmp_path / 'cut', num_devices=2, timing=False
-    )
+    loop.train(config, small.workload(), tmp_path / 'cut', num_devices=2, timing=False)
   monkeypatch.undo()
-  loop.train(
-    config, small.workload(), tmp_path / 'cut', num_devices=2, timing=False
-  )
+  loop.train(config, small.workload(), tmp_path / 'cut', num_devices=2, timing=False)
   cut, uncut = (tmp_path / run / 'metrics.jsonl' for run in ('cut', 'whole'))
   assert cut.read_bytes() == uncut.read_bytes()
 

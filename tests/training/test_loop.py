@@ -9,18 +9,24 @@ import numpy as np
 import pytest
 
 from training import (
-    Config,
-    TrainingDiverged,
-    UsageError,
-    checkpoints,
-    loop,
-    metrics,
-    summary,
+  Config,
+  TrainingDiverged,
+  UsageError,
+  checkpoints,
+  loop,
+  metrics,
+  summary,
 )
 
 _CONFIG = Config(
-    optimizer='sam', base_optimizer='adam', rho=0.1, epochs=3, batch_size=8,
-    learning_rate=0.01, checkpoint_every=2, log_every=2,
+  optimizer='sam',
+  base_optimizer='adam',
+  rho=0.1,
+  epochs=3,
+  batch_size=8,
+  learning_rate=0.01,
+  checkpoint_every=2,
+  log_every=2,
 )
 _STEPS = 9  # 3 epochs of 22 examples in batches of 8
 
@@ -76,7 +82,11 @@ def whole(small, tmp_path_factory):
 
 def test_files_and_numbers_of_a_run(whole, small):
   assert {p.name for p in whole.iterdir()} == {
-      'config.json', 'metrics.jsonl', 'checkpoints', 'summary.json', 'curves.png'
+    'config.json',
+    'metrics.jsonl',
+    'checkpoints',
+    'summary.json',
+    'curves.png',
   }
   lines = metrics.read(whole)
   train = [line for line in lines if line['split'] == 'train']
@@ -187,21 +197,19 @@ def test_a_foreign_workdir_is_left_alone(whole, small):
 
 def test_parameters_of_another_run(whole, small, tmp_path):
   config = dataclasses.replace(
-      _CONFIG, init_from=str(whole), learning_rate=0.0, epochs=1
+    _CONFIG, init_from=str(whole), learning_rate=0.0, epochs=1
   )
   _train(small.workload(), tmp_path / 'run', config)
   ours, theirs = (
-      checkpoints.select(checkpoints.load(w).arrays, 'params')
-      for w in (tmp_path / 'run', whole)
+    checkpoints.select(checkpoints.load(w).arrays, 'params')
+    for w in (tmp_path / 'run', whole)
   )
   for name in theirs:
     np.testing.assert_array_equal(ours[name], theirs[name])
 
 
 def test_parameters_of_another_model_are_refused(whole, small, tmp_path):
-  workload = small.workload()._replace(
-      example_inputs=np.zeros((1, 6), np.float32)
-  )
+  workload = small.workload()._replace(example_inputs=np.zeros((1, 6), np.float32))
   config = dataclasses.replace(_CONFIG, init_from=str(whole))
   with pytest.raises(UsageError, match=r'init_from=.*0/kernel is float32\[5, 8\]'):
     _train(workload, tmp_path / 'run', config)

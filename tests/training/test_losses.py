@@ -20,7 +20,7 @@ def test_smoothed_kl_is_the_kl_divergence(smoothing, x64):
     target = np.full(4, smoothing / 3)
     target[label] = 1 - smoothing
     expected.append(
-        sum(t * np.log(t / q) for t, q in zip(target, p, strict=True) if t > 0)
+      sum(t * np.log(t / q) for t, q in zip(target, p, strict=True) if t > 0)
     )
   got = losses.smoothed_kl(jnp.asarray(logits), jnp.asarray(labels), smoothing)
   np.testing.assert_allclose(got, expected, rtol=1e-12)
@@ -42,9 +42,9 @@ class _Linear(nn.Module):
 def _batch(weights):
   rng = np.random.default_rng(1)
   return {
-      'inputs': rng.normal(size=(4, 5)).astype(np.float32),
-      'labels': np.array([0, 1, 2, 0], np.int32),
-      'weights': np.array(weights, np.float32),
+    'inputs': rng.normal(size=(4, 5)).astype(np.float32),
+    'labels': np.array([0, 1, 2, 0], np.int32),
+    'weights': np.array(weights, np.float32),
   }
 
 

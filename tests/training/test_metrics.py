@@ -30,8 +30,17 @@ def test_lines_have_every_field_and_no_clock_when_told(tmp_path):
   file.close()
   (line,) = metrics.read(tmp_path)
   assert list(line) == [
-      'step', 'epoch', 'split', 'loss', 'perturbed_loss', 'accuracy', 'gradient_norm',
-      'learning_rate', 'rho', 'seconds', 'examples_per_second',
+    'step',
+    'epoch',
+    'split',
+    'loss',
+    'perturbed_loss',
+    'accuracy',
+    'gradient_norm',
+    'learning_rate',
+    'rho',
+    'seconds',
+    'examples_per_second',
   ]
   assert line['rho'] is None
   file = metrics.MetricsFile(tmp_path, 0, timing=False)
@@ -43,8 +52,8 @@ def test_lines_have_every_field_and_no_clock_when_told(tmp_path):
 
 def test_means_weigh_by_examples_and_survive_json():
   steps = [
-      {'loss': 1.0, 'accuracy': 0.5, 'examples': 30.0, 'learning_rate': 0.1},
-      {'loss': 4.0, 'accuracy': 1.0, 'examples': 10.0, 'learning_rate': 0.05},
+    {'loss': 1.0, 'accuracy': 0.5, 'examples': 30.0, 'learning_rate': 0.1},
+    {'loss': 4.0, 'accuracy': 1.0, 'examples': 10.0, 'learning_rate': 0.05},
   ]
   means = metrics.EpochMeans()
   for step in steps:

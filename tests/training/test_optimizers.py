@@ -22,8 +22,16 @@ def _rates(**fields):
 
 def test_step_schedule_drops_at_30_60_and_80_percent():
   rates = _rates(schedule='step', epochs=200)
-  for epoch, factor in [(0, 1), (59, 1), (60, 0.2), (119, 0.2), (120, 0.04),
-                        (159, 0.04), (160, 0.008), (199, 0.008)]:
+  for epoch, factor in [
+    (0, 1),
+    (59, 1),
+    (60, 0.2),
+    (119, 0.2),
+    (120, 0.04),
+    (159, 0.04),
+    (160, 0.008),
+    (199, 0.008),
+  ]:
     first, last = rates[epoch * _STEPS], rates[epoch * _STEPS + _STEPS - 1]
     np.testing.assert_allclose([first, last], factor, rtol=1e-6)
 
@@ -56,7 +64,7 @@ def _one_update(config, params, gradient):
   def run(params):
     state = tx.init(params)
     updates, state = tx.update(
-        gradient, state, params, value_and_grad_fn=lambda w: (0.0, gradient)
+      gradient, state, params, value_and_grad_fn=lambda w: (0.0, gradient)
     )
     return updates, state
 
@@ -67,8 +75,14 @@ def _one_update(config, params, gradient):
 
 @pytest.mark.parametrize('optimizer', ['sgd', 'sam'])
 def test_weight_decay_is_l2_on_every_parameter(optimizer):
-  config = Config(optimizer=optimizer, base_optimizer='sgd', rho=0.1, weight_decay=0.5,
-                  learning_rate=0.1, schedule='constant')
+  config = Config(
+    optimizer=optimizer,
+    base_optimizer='sgd',
+    rho=0.1,
+    weight_decay=0.5,
+    learning_rate=0.1,
+    schedule='constant',
+  )
   params = {'kernel': jnp.full((2, 2), 3.0), 'bias': jnp.full((2,), -1.0)}
   gradient = {'kernel': jnp.full((2, 2), 2.0), 'bias': jnp.zeros((2,))}
   updates, state = _one_update(config, params, gradient)
@@ -78,8 +92,13 @@ def test_weight_decay_is_l2_on_every_parameter(optimizer):
 
 
 def test_adam_takes_l2_into_its_moments_and_adamw_does_not():
-  config = Config(optimizer='adam', base_optimizer='adam', weight_decay=0.5,
-                  learning_rate=0.1, schedule='constant')
+  config = Config(
+    optimizer='adam',
+    base_optimizer='adam',
+    weight_decay=0.5,
+    learning_rate=0.1,
+    schedule='constant',
+  )
   params, gradient = {'w': jnp.full((3,), 4.0)}, {'w': jnp.full((3,), -1.0)}
   # The first Adam step is the sign of what it is given: -1 + .5 * 4 > 0.
   updates, _ = _one_update(config, params, gradient)
@@ -90,8 +109,14 @@ def test_adam_takes_l2_into_its_moments_and_adamw_does_not():
 
 
 def test_clipping_limits_the_gradient_and_not_the_decay():
-  config = Config(optimizer='sgd', base_optimizer='sgd', clip_norm=1.0,
-                  weight_decay=0.5, learning_rate=1.0, schedule='constant')
+  config = Config(
+    optimizer='sgd',
+    base_optimizer='sgd',
+    clip_norm=1.0,
+    weight_decay=0.5,
+    learning_rate=1.0,
+    schedule='constant',
+  )
   params, gradient = {'w': jnp.array([2.0, 0.0])}, {'w': jnp.array([0.0, 10.0])}
   updates, _ = _one_update(config, params, gradient)
   np.testing.assert_allclose(updates['w'], [-1.0, -1.0], rtol=1e-6)
@@ -101,14 +126,20 @@ def test_clipping_limits_the_gradient_and_not_the_decay():
 @pytest.mark.parametrize('method', [None, 'sam', 'asam', 'usam'])
 def test_every_chain_reports_its_rate_and_norm(method, base):
   rho = optimizers.METHODS[method].rho if method else None
-  config = Config(optimizer=method or base, base_optimizer=base, rho=rho,
-                  learning_rate=0.25, warmup_epochs=0.2, momentum=0.5)
+  config = Config(
+    optimizer=method or base,
+    base_optimizer=base,
+    rho=rho,
+    learning_rate=0.25,
+    warmup_epochs=0.2,
+    momentum=0.5,
+  )
   optimizers.validate(config)
   params, gradient = {'w': jnp.ones((2, 2))}, {'w': jnp.full((2, 2), 2.0)}
   updates, state = _one_update(config, params, gradient)
   # Two steps of warm-up: the first has half the rate.
   rate = optax.tree.get(
-      state, 'learning_rate', filtering=lambda _, x: isinstance(x, np.ndarray)
+    state, 'learning_rate', filtering=lambda _, x: isinstance(x, np.ndarray)
   )
   np.testing.assert_allclose(rate, 0.125)
   np.testing.assert_allclose(optax.tree.get(state, 'gradient_norm'), 4.0, rtol=1e-6)
@@ -116,17 +147,19 @@ def test_every_chain_reports_its_rate_and_norm(method, base):
 
 
 @pytest.mark.parametrize(
-    ('fields', 'words'),
-    [
-        ({'optimizer': 'foo'}, 'optimizer=foo: choose one of sam'),
-        ({'optimizer': 'sam', 'base_optimizer': 'foo'}, 'base_optimizer=foo'),
-        ({'optimizer': 'sgd', 'base_optimizer': 'adam'}, 'base_optimizer=adam contra'),
-        ({'rho': 0.1}, 'rho=0.1 has no effect with --optimizer=sgd'),
-        ({'m_sharpness': 8}, 'm_sharpness=8 has no effect'),
-        ({'optimizer': 'sam', 'rho': 0.1, 'm_sharpness': 24}, 'multiple of 48'),
-        ({'optimizer': 'sam', 'rho': 0.1, 'm_sharpness': 8, 'sync_perturbation': True},
-         'sync_perturbation'),
-    ],
+  ('fields', 'words'),
+  [
+    ({'optimizer': 'foo'}, 'optimizer=foo: choose one of sam'),
+    ({'optimizer': 'sam', 'base_optimizer': 'foo'}, 'base_optimizer=foo'),
+    ({'optimizer': 'sgd', 'base_optimizer': 'adam'}, 'base_optimizer=adam contra'),
+    ({'rho': 0.1}, 'rho=0.1 has no effect with --optimizer=sgd'),
+    ({'m_sharpness': 8}, 'm_sharpness=8 has no effect'),
+    ({'optimizer': 'sam', 'rho': 0.1, 'm_sharpness': 24}, 'multiple of 48'),
+    (
+      {'optimizer': 'sam', 'rho': 0.1, 'm_sharpness': 8, 'sync_perturbation': True},
+      'sync_perturbation',
+    ),
+  ],
 )
 def test_bad_optimizers_are_refused(fields, words):
   fields = {'base_optimizer': 'sgd', 'batch_size': 64, **fields}

@@ -8,18 +8,24 @@ import pytest
 from training import Config, losses, optimizers, parallel, step
 
 _CONFIGS = {
-    'sgd': {'optimizer': 'sgd', 'base_optimizer': 'sgd'},
-    'sam': {'optimizer': 'sam', 'rho': 0.2},
-    'sam, synchronised': {'optimizer': 'sam', 'rho': 0.2, 'sync_perturbation': True},
-    'sam, groups': {'optimizer': 'sam', 'rho': 0.2, 'm_sharpness': 2},
+  'sgd': {'optimizer': 'sgd', 'base_optimizer': 'sgd'},
+  'sam': {'optimizer': 'sam', 'rho': 0.2},
+  'sam, synchronised': {'optimizer': 'sam', 'rho': 0.2, 'sync_perturbation': True},
+  'sam, groups': {'optimizer': 'sam', 'rho': 0.2, 'm_sharpness': 2},
 }
 
 
 def _config(**fields):
-  return Config(**{
-      'base_optimizer': 'momentum', 'learning_rate': 0.1, 'schedule': 'constant',
-      'batch_size': 16, 'weight_decay': 0.01, **fields,
-  })
+  return Config(
+    **{
+      'base_optimizer': 'momentum',
+      'learning_rate': 0.1,
+      'schedule': 'constant',
+      'batch_size': 16,
+      'weight_decay': 0.01,
+      **fields,
+    }
+  )
 
 
 def _setup(small, config, num_replicas, dropout_rate=0.3):
@@ -33,7 +39,7 @@ def _setup(small, config, num_replicas, dropout_rate=0.3):
   state = state._replace(params=params, batch_stats=stats, opt_state=tx.init(params))
   # 13 examples come out unequally, on 8 groups so that one is empty.
   batches = small.split(26, dtype=np.float64).batches(
-      13, shards=(num_replicas, *([groups] if groups else [])), seed=0
+    13, shards=(num_replicas, *([groups] if groups else [])), seed=0
   )
   return state, step.make_train_step(model, tx, config, groups), batches.epoch(0)
 
@@ -45,19 +51,18 @@ def _stacked(state, num_replicas):
 def _data(tree):
   """Leaves as NumPy arrays, typed keys as their data."""
   return [
-      np.asarray(jax.random.key_data(x))
-      if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x)
-      for x in jax.tree.leaves(tree)
+    np.asarray(jax.random.key_data(x))
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    else np.asarray(x)
+    for x in jax.tree.leaves(tree)
   ]
 
 
 @pytest.mark.parametrize(
-    ('name', 'num_replicas'),
-    [('sgd', 2), ('sam', 2), ('sam', 4), ('sam, synchronised', 4), ('sam, groups', 2)],
+  ('name', 'num_replicas'),
+  [('sgd', 2), ('sam', 2), ('sam', 4), ('sam, synchronised', 4), ('sam, groups', 2)],
 )
-def test_several_devices_equal_one_with_the_same_shards(
-    name, num_replicas, small, x64
-):
+def test_several_devices_equal_one_with_the_same_shards(name, num_replicas, small, x64):
   config = _config(**_CONFIGS[name])
   state, train_step, batches = _setup(small, config, num_replicas)
   replicas = parallel.DataParallel(num_replicas)
@@ -87,8 +92,10 @@ def _by_hand(small, config, state, batch):
     def loss(params):
       # Batch normalization sees the padding rows too; the loss does not.
       logits, new = model.apply(
-          {'params': params, 'batch_stats': state.batch_stats}, x, train=True,
-          mutable=['batch_stats'],
+        {'params': params, 'batch_stats': state.batch_stats},
+        x,
+        train=True,
+        mutable=['batch_stats'],
       )
       targets = jnp.where(jax.nn.one_hot(labels, 3) == 1, 0.9, 0.05)
       kl = targets * (jnp.log(targets) - jax.nn.log_softmax(logits))
@@ -104,18 +111,19 @@ def _by_hand(small, config, state, batch):
     (value, stats), grad = value_and_grad(params, *examples)
     norm = np.sqrt(sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(grad)))
     perturbed = jax.tree.map(
-        lambda w, g, n=norm: w + config.rho * np.asarray(g) / n, params, grad
+      lambda w, g, n=norm: w + config.rho * np.asarray(g) / n, params, grad
     )
     grads.append(value_and_grad(perturbed, *examples)[1])
     values.append(value)
     norms.append(norm)
     share = float(examples[2].sum()) / total
     batch_stats = jax.tree.map(
-        lambda a, b, s=share: a + s * np.asarray(b), batch_stats, stats
+      lambda a, b, s=share: a + s * np.asarray(b), batch_stats, stats
     )
   descent = jax.tree.map(
-      lambda w, *g: sum(map(np.asarray, g)) / num_shards + config.weight_decay * w,
-      params, *grads,
+    lambda w, *g: sum(map(np.asarray, g)) / num_shards + config.weight_decay * w,
+    params,
+    *grads,
   )
   # The first step of momentum is the gradient itself.
   params = jax.tree.map(lambda w, d: w - config.learning_rate * d, params, descent)
@@ -131,7 +139,7 @@ def test_a_step_equals_one_written_by_hand(small, x64):
   params, batch_stats, loss, norm = _by_hand(small, config, state, batch)
   for a, b in [(got.params, params), (got.batch_stats, batch_stats)]:
     jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x[0], y, rtol=1e-9, atol=1e-12), a, b
+      lambda x, y: np.testing.assert_allclose(x[0], y, rtol=1e-9, atol=1e-12), a, b
     )
   np.testing.assert_allclose(metrics['loss'][0], loss, rtol=1e-9)
   np.testing.assert_allclose(metrics['gradient_norm'][0], norm, rtol=1e-9)
@@ -161,8 +169,8 @@ def test_evaluation_sums_over_the_split_whatever_the_shards(small, x64):
   eval_step = step.make_eval_step(model, config)
   run = jax.vmap(eval_step, in_axes=(None, 0), axis_name=parallel.AXIS)
   sums = [
-      run((state.params, state.batch_stats), batch)
-      for batch in data.batches(4, shards=(3,)).epoch(0)
+    run((state.params, state.batch_stats), batch)
+    for batch in data.batches(4, shards=(3,)).epoch(0)
   ]
   whole = next(data.batches(11).epoch(0))
   logits, _ = losses.apply(model, state.params, state.batch_stats, whole['inputs'])

@@ -16,18 +16,20 @@ def _resolve(**fields):
 
 
 @pytest.mark.parametrize(
-    ('names', 'radii', 'seeds', 'folders'),
-    [
-        ([None], [None], None, ['']),
-        (['sam'], [0.1], None, ['']),
-        (['sam'], [0.1, 0.2], None, ['rho_0.1/seed_5', 'rho_0.2/seed_5']),
-        (['sam'], [None], 2, ['rho_0.5/seed_5', 'rho_0.5/seed_6']),
-        (['sgd'], [None], 2, ['seed_5', 'seed_6']),
-        (
-            ['sgd', 'sam'], [0.1, 0.2], 1,
-            ['sgd/seed_5', 'sam/rho_0.1/seed_5', 'sam/rho_0.2/seed_5'],
-        ),
-    ],
+  ('names', 'radii', 'seeds', 'folders'),
+  [
+    ([None], [None], None, ['']),
+    (['sam'], [0.1], None, ['']),
+    (['sam'], [0.1, 0.2], None, ['rho_0.1/seed_5', 'rho_0.2/seed_5']),
+    (['sam'], [None], 2, ['rho_0.5/seed_5', 'rho_0.5/seed_6']),
+    (['sgd'], [None], 2, ['seed_5', 'seed_6']),
+    (
+      ['sgd', 'sam'],
+      [0.1, 0.2],
+      1,
+      ['sgd/seed_5', 'sam/rho_0.1/seed_5', 'sam/rho_0.2/seed_5'],
+    ),
+  ],
 )
 def test_runs_by_folder(names, radii, seeds, folders):
   found = sweep.points(_resolve, names, radii, seeds)
