@@ -97,7 +97,8 @@ class _Run:
     # One compiled step a phase of a periodic method; one for all others.
     self._train_steps = {
       phase: replicas.map(
-        step.make_train_step(model, tx, config, groups, phase), donate=True
+        step.make_train_step(model, tx, config, groups, phase, workload.augment),
+        donate=True,
       )
       for phase in (None, False, True)
     }

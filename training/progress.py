@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import TextIO
 
-_LIVE_SECONDS = 0.1
+from training.ticker import Ticker
+
 _PLAIN_SECONDS = 5.0
 
 
@@ -15,13 +15,10 @@ class Progress:
 
   def __init__(self, epochs: int, steps: int, stream: TextIO | None = None):
     """Takes the numbers of epochs and steps of the whole run; writes to stdout."""
-    self._stream = stream or sys.stdout
-    self._live = self._stream.isatty()
+    self._ticker = Ticker(stream, _PLAIN_SECONDS)
     self._epochs = epochs
     self._steps = steps
     self._first: tuple[float, int] | None = None
-    self._shown = 0.0
-    self._width = 0
     self._test = ''
 
   def step(self, epoch: int, step: int, means: dict[str, float]) -> None:
@@ -30,19 +27,19 @@ class Progress:
     if self._first is None:
       # The first step compiles, so the time left is counted from its end.
       self._first = (now, step)
-    every = _LIVE_SECONDS if self._live else _PLAIN_SECONDS
-    if now - self._shown < every and step < self._steps:
+    is_last = step == self._steps
+    if not (is_last or self._ticker.is_due()):
       return
-    self._shown = now
     started, first_step = self._first
     left = ''
     if step > first_step:
       seconds = (now - started) / (step - first_step) * (self._steps - step)
       left = f'  {_clock(seconds)} left'
-    self._write(
+    self._ticker.show(
       f'epoch {epoch + 1}/{self._epochs}  step {step}/{self._steps}'
       f'  {_loss(means)}  accuracy {100 * means["accuracy"]:.2f} %'
-      f'{self._test}  {means["examples_per_second"]:,.0f} examples/s{left}'
+      f'{self._test}  {means["examples_per_second"]:,.0f} examples/s{left}',
+      always=is_last,
     )
 
   def test(self, accuracy: float) -> None:
@@ -51,17 +48,7 @@ class Progress:
 
   def close(self) -> None:
     """Ends the live line."""
-    if self._live and self._width:
-      self._stream.write('\n')
-      self._width = 0
-
-  def _write(self, line: str) -> None:
-    if self._live:
-      self._stream.write('\r' + line.ljust(self._width))
-      self._width = len(line)
-    else:
-      self._stream.write(line + '\n')
-    self._stream.flush()
+    self._ticker.keep()
 
 
 def _loss(means: dict[str, float]) -> str:

@@ -182,7 +182,7 @@ def measure(
   except ValueError as error:
     raise UsageError(f'{workdir} cannot be measured: {error}.') from error
   finally:
-    ticker.close()
+    ticker.clear()
   summary['fingerprint'] = fingerprint
   config_lib.write_json(folder / SUMMARY, summary)
   return summary

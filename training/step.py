@@ -59,6 +59,7 @@ def make_train_step(
   config: Config,
   num_groups: int = 0,
   phase: bool | None = None,
+  augment: Callable[[jax.Array, Any], Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """A step ``(state, batch) -> (state, metrics)`` of one replica of the axis `AXIS`.
 
@@ -74,6 +75,7 @@ def make_train_step(
     config: the run's configuration.
     num_groups: groups of m-sharpness, the leading axis of a batch's leaves; 0: none.
     phase: whether a periodic method ascends in this step; None for all others.
+    augment: changes the inputs, the same in both passes, see `training.Workload`.
   """
   loss = losses.loss_fn(model, config)
   method = optimizers.METHODS.get(config.optimizer)
@@ -83,6 +85,9 @@ def make_train_step(
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(state.key, state.step)
     key = jax.random.fold_in(key, jax.lax.axis_index(AXIS))
+    if augment is not None:
+      key, augment_key = jax.random.split(key)
+      batch = {**batch, 'inputs': augment(augment_key, batch['inputs'])}
     total = jax.lax.psum(jnp.sum(batch['weights']), AXIS)
     share = total / jax.lax.psum(1, AXIS) / max(num_groups, 1)
 

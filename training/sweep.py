@@ -21,7 +21,7 @@ from training.workload import Workload
 TABLE_NAME, FIGURE_NAME, RESULTS_NAME = 'sweep.md', 'sweep.png', 'sweep.json'
 _SHARPNESS_NAME = 'sharpness.json'
 # Examples in a batch of the Hessian, and the relative residual lambda_max is found to.
-_HESSIAN_BATCH = 512
+_HESSIAN_BATCH = 128
 _TOLERANCE = 1e-3
 
 _COLUMNS = {

@@ -7,25 +7,33 @@ import time
 from typing import TextIO
 
 _LIVE_SECONDS = 0.1
-_PLAIN_SECONDS = 10.0
 
 
 class Ticker:
   """Shows the newest of many messages."""
 
-  def __init__(self, stream: TextIO | None = None):
-    """Writes to stdout, or to another stream."""
+  def __init__(self, stream: TextIO | None = None, plain_seconds: float = 10.0):
+    """Writes to stdout, or to another stream.
+
+    Args:
+      stream: where to write; a terminal has one line that is overwritten.
+      plain_seconds: least time between two lines elsewhere.
+    """
     self._stream = stream or sys.stdout
     self._live = self._stream.isatty()
-    self._shown = time.monotonic()
+    self._seconds = _LIVE_SECONDS if self._live else plain_seconds
+    self._shown = float('-inf')
     self._width = 0
 
-  def show(self, message: str) -> None:
+  def is_due(self) -> bool:
+    """Whether the last message is old enough for another."""
+    return time.monotonic() - self._shown >= self._seconds
+
+  def show(self, message: str, *, always: bool = False) -> None:
     """Shows a message, unless the last one is too recent."""
-    now = time.monotonic()
-    if now - self._shown < (_LIVE_SECONDS if self._live else _PLAIN_SECONDS):
+    if not (always or self.is_due()):
       return
-    self._shown = now
+    self._shown = time.monotonic()
     if self._live:
       self._stream.write('\r' + message.ljust(self._width))
       self._width = len(message)
@@ -33,9 +41,16 @@ class Ticker:
       self._stream.write(message + '\n')
     self._stream.flush()
 
-  def close(self) -> None:
-    """Clears the live line."""
+  def clear(self) -> None:
+    """Removes the live line."""
     if self._width:
       self._stream.write('\r' + ' ' * self._width + '\r')
+      self._stream.flush()
+      self._width = 0
+
+  def keep(self) -> None:
+    """Ends the live line and leaves it there."""
+    if self._width:
+      self._stream.write('\n')
       self._stream.flush()
       self._width = 0

@@ -1,6 +1,6 @@
 """What a task hands to the training loop."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 Batch = dict[str, Any]  # inputs (B, ...), labels int32 (B,), weights float32 (B,)
@@ -36,6 +36,9 @@ class Workload(NamedTuple):
     test: the test split.
     num_classes: number of classes.
     example_inputs: the 'inputs' of one batch, for the model's initialisation.
+    augment: ``augment(key, inputs) -> inputs`` of any leading axes, pure, part of each
+      training step; None for none.
+    class_names: names of the classes; by default their numbers.
   """
 
   model: Any
@@ -43,3 +46,5 @@ class Workload(NamedTuple):
   test: Split
   num_classes: int
   example_inputs: Any
+  augment: Callable[[Any, Any], Any] | None = None
+  class_names: Sequence[str] = ()
