@@ -4,6 +4,11 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from input_pipelines import batching
+
+_STATISTICS_BATCH = 1000
 
 
 def crop_flip_cutout(
@@ -51,6 +56,32 @@ def crop_flip_cutout(
     return batch.reshape(images.shape)
 
   return augment
+
+
+def channel_statistics(
+  split: batching.ArraySplit,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Mean and standard deviation of each channel over all images of a split.
+
+  Args:
+    split: its inputs have channels last.
+
+  Returns:
+    `(mean, std)`, in the units of the inputs; a constant channel has std 1.
+
+  >>> split = batching.ArraySplit(np.arange(8.0).reshape(2, 1, 2, 2), np.zeros(2))
+  >>> channel_statistics(split)[0]
+  (3.0, 4.0)
+  """
+  count, total, squares = 0, 0.0, 0.0
+  for batch in split.batches(_STATISTICS_BATCH).epoch(0):
+    pixels = batch['inputs'].reshape(-1, batch['inputs'].shape[-1]).astype(np.float64)
+    count += len(pixels)
+    total = total + pixels.sum(axis=0)
+    squares = squares + (pixels**2).sum(axis=0)
+  mean = total / count
+  std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+  return tuple(mean.tolist()), tuple(np.where(std > 0, std, 1.0).tolist())
 
 
 def _shift_and_mirror(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from input_pipelines import augmentation
+from input_pipelines import ArraySplit, augmentation
 
 SIZE = 12
 # Every pixel differs from every other, and none is black.
@@ -86,3 +86,14 @@ def test_equal_keys_give_equal_images_and_other_keys_others():
   first, again, other = (augment(jax.random.key(seed), images) for seed in (0, 0, 1))
   np.testing.assert_array_equal(first, again)
   assert (first != other).any()
+
+
+def test_channel_statistics():
+  generator = np.random.default_rng(0)
+  images = generator.integers(0, 256, (1500, 4, 4, 3)).astype(np.uint8)
+  images[..., 2] = 7
+  split = ArraySplit(images, np.zeros(1500))
+  mean, std = augmentation.channel_statistics(split)
+  np.testing.assert_allclose(mean, images.mean((0, 1, 2)))
+  np.testing.assert_allclose(std[:2], images.std((0, 1, 2))[:2])
+  assert std[2] == 1
