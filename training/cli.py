@@ -128,6 +128,8 @@ def run(
       main(argv)
     except (UsageError, TrainingDiverged, flags.Error, *errors) as error:
       message = ' '.join(str(error).split())
+      if isinstance(error, flags.Error):
+        message = f'{message.rstrip(".")}: see --help for the flags and their values.'
       print(f'{name}: {message}', file=sys.stderr)
       return USAGE_EXIT_CODE
   return 0
