@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
-from training import checkpoints, curves, optimizers, parallel, step, summary
+from training import checkpoints, classes, curves, optimizers, parallel, step, summary
 from training import config as config_lib
 from training import metrics as metrics_lib
 from training.config import Config
@@ -200,7 +201,7 @@ class _Run:
   def _end_epoch(self) -> None:
     """Logs the epoch that has just been trained and moves on to the next."""
     means = self._means.means()
-    test = self._evaluate(self._workload.test)
+    test, _ = self._evaluate(self._workload.test)
     self._epoch, self._start = self._epoch + 1, 0
     self._means = metrics_lib.EpochMeans()
     if not self._metrics:
@@ -210,8 +211,8 @@ class _Run:
     self._metrics.write(**common, split='test', **test)
     self._progress.test(test['accuracy'])
 
-  def _evaluate(self, split: Split) -> dict[str, float]:
-    """Mean loss and accuracy over a split in evaluation mode."""
+  def _evaluate(self, split: Split) -> tuple[dict[str, float], np.ndarray]:
+    """Mean loss, accuracy and confusion matrix of a split in evaluation mode."""
     batches = split.batches(
       self._config.batch_size, shards=(self._replicas.num_replicas,)
     )
@@ -221,13 +222,14 @@ class _Run:
       for batch in _prefetch(batches.epoch(0))
     ]
     sums = [self._replicas.first(x) for x in sums]
+    confusion = np.sum([x.pop('confusion') for x in sums], axis=0, dtype=np.float64)
     total = {name: math.fsum(float(x[name]) for x in sums) for name in sums[0]}
     metrics = {
       'loss': total['loss'] / total['examples'],
       'accuracy': total['correct'] / total['examples'],
     }
     metrics_lib.check_finite(metrics, self._step)
-    return metrics
+    return metrics, confusion
 
   def _checkpoint_due(self) -> bool:
     """Whether to save at this end of an epoch."""
@@ -255,11 +257,12 @@ class _Run:
 
   def finish(self) -> dict[str, Any]:
     """Evaluates the last parameters and writes summary and picture."""
-    train = self._evaluate(self._workload.train)
-    test = self._evaluate(self._workload.test)
+    train, _ = self._evaluate(self._workload.train)
+    test, confusion = self._evaluate(self._workload.test)
     if not self._metrics:
       return {}
     self._progress.close()
+    scores = classes.scores(confusion, self._workload.class_names)
     facts = {
       'steps': self._step,
       'epochs': self._epoch,
@@ -269,9 +272,11 @@ class _Run:
       'wall_time_seconds': self._seconds(),
       'device': self._replicas.device_kind,
       'num_replicas': self._replicas.num_replicas,
+      'test_scores': scores,
     }
     title = f'{self._config.task}, {self._config.optimizer}'
     curves.save(self._workdir, metrics_lib.read(self._workdir), title)
+    classes.save(self._workdir, scores, title)
     return summary.write(
       self._workdir, self._config, train=train, test=test, facts=facts
     )

@@ -141,6 +141,14 @@ def _cast(tree: Any, dtype: str) -> Any:
   )
 
 
+def confusion(logits: jax.Array, batch: Batch) -> jax.Array:
+  """Total weight by true class (rows) and predicted class (columns), (C, C)."""
+  num_classes = logits.shape[-1]
+  cell = batch['labels'] * num_classes + jnp.argmax(logits, axis=-1)
+  counts = jnp.zeros(num_classes**2, batch['weights'].dtype)
+  return counts.at[cell].add(batch['weights']).reshape(num_classes, num_classes)
+
+
 def num_correct(logits: jax.Array, batch: Batch) -> jax.Array:
   """Total weight of the examples whose largest logit is their label's."""
   correct = jnp.argmax(logits, axis=-1) == batch['labels']

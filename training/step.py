@@ -167,6 +167,7 @@ def make_eval_step(
       'loss': value,
       'correct': losses.num_correct(logits, batch),
       'examples': jnp.sum(batch['weights']),
+      'confusion': losses.confusion(logits, batch),
     }
     return jax.lax.psum(sums, AXIS)
 

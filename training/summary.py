@@ -85,6 +85,7 @@ def describe(summary: dict[str, Any]) -> str:
       f'{100 * final["test_accuracy"]:.2f} %  (best '
       f'{100 * summary["best"]["test_accuracy"]:.2f} % in epoch '
       f'{summary["best"]["test_accuracy_epoch"]})',
-      f'  generalization gap (test - train loss) {final["generalization_gap"]:.4f}',
+      f'  generalization gap (test - train loss) {final["generalization_gap"]:.4f}; '
+      f'macro F1 {summary["test_scores"]["macro_f1"]:.4f}',
     ]
   )

@@ -86,6 +86,7 @@ def test_files_and_numbers_of_a_run(whole, small):
     'metrics.jsonl',
     'checkpoints',
     'summary.json',
+    'confusion.png',
     'curves.png',
   }
   lines = metrics.read(whole)

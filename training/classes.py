@@ -1,0 +1,87 @@
+"""How well each class is told from the others: scores, and `confusion.png`."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+FILE_NAME = 'confusion.png'
+# Above this number of classes a picture has no room for counts.
+_MAX_WRITTEN = 20
+
+
+def scores(confusion: np.ndarray, names: Sequence[str] = ()) -> dict[str, Any]:
+  """Scores of a confusion matrix.
+
+  Recall is the share of a class's examples that are recognised, precision the share of
+  what is taken for a class that belongs to it, F1 their harmonic mean
+  2 TP / (2 TP + FP + FN). A ratio without a denominator is None and left out of the
+  means, which weigh every class the same.
+
+  Args:
+    confusion: (C, C) counts, a row for each true class, a column for each predicted.
+    names: of the classes; by default their numbers.
+
+  Returns:
+    `macro_f1`, `balanced_accuracy` (the mean recall) and `classes`: for each its
+    `name`, `examples`, `recall`, `precision`, `f1` and `predicted`, its row.
+
+  >>> import numpy as np
+  >>> found = scores(np.array([[8, 2], [0, 2]]), ['common', 'rare'])
+  >>> found['balanced_accuracy'], found['classes'][1]['precision']
+  (0.9, 0.5)
+  """
+  counts = np.rint(np.asarray(confusion)).astype(int)
+  names = list(names) or [str(label) for label in range(len(counts))]
+  right, true, taken = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
+  classes = [
+    {
+      'name': name,
+      'examples': int(true[label]),
+      'recall': _ratio(right[label], true[label]),
+      'precision': _ratio(right[label], taken[label]),
+      'f1': _ratio(2 * right[label], true[label] + taken[label]),
+      'predicted': counts[label].tolist(),
+    }
+    for label, name in enumerate(names)
+  ]
+  return {
+    'macro_f1': _mean(found['f1'] for found in classes),
+    'balanced_accuracy': _mean(found['recall'] for found in classes),
+    'classes': classes,
+  }
+
+
+def save(workdir: pathlib.Path, found: dict[str, Any], title: str) -> None:
+  """Draws the confusion matrix of `scores`, each row as shares of its class."""
+  from matplotlib.figure import Figure  # Slow to import, and needed once a run.
+
+  classes = found['classes']
+  counts = np.array([entry['predicted'] for entry in classes])
+  shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+  size = 2.6 + 0.42 * min(len(classes), _MAX_WRITTEN)
+  figure = Figure(figsize=(size + 0.8, size), layout='constrained')
+  axes = figure.subplots()
+  image = axes.imshow(shares, cmap='Blues', vmin=0, vmax=1)
+  figure.colorbar(image, label='share of the true class', shrink=0.8)
+  if len(classes) <= _MAX_WRITTEN:
+    names = [entry['name'] for entry in classes]
+    axes.set_xticks(range(len(names)), names, rotation=45, ha='right')
+    axes.set_yticks(range(len(names)), names)
+    for (row, column), count in np.ndenumerate(counts):
+      colour = 'white' if shares[row, column] > 0.5 else 'black'
+      axes.text(column, row, count, color=colour, ha='center', va='center', fontsize=8)
+  axes.set(xlabel='predicted class', ylabel='true class', title=title)
+  figure.savefig(workdir / FILE_NAME, dpi=120)
+
+
+def _ratio(part: int, whole: int) -> float | None:
+  return float(part / whole) if whole else None
+
+
+def _mean(values) -> float | None:
+  known = [value for value in values if value is not None]
+  return sum(known) / len(known) if known else None
