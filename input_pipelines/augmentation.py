@@ -43,7 +43,7 @@ def crop_flip_cutout(
   """
 
   def augment(key: jax.Array, images: jax.Array) -> jax.Array:
-    batch = images.reshape(-1, *images.shape[-3:])
+    batch = jnp.asarray(images).reshape(-1, *images.shape[-3:])
     move_key, cover_key = jax.random.split(key)
     batch = _shift_and_mirror(move_key, batch, padding)
     if cutout_size:

@@ -8,11 +8,15 @@ import types
 from typing import Any
 
 import training
+from tasks import networks
 from training import config as config_lib
 from training import optimizers
+from training.errors import UsageError
 
 TASKS = {
   'digits_mlp': 'tasks.digits_mlp',
+  'cifar10_wrn': 'tasks.cifar10_wrn',
+  'mitbih_attention': 'tasks.mitbih_attention',
   'mutagenicity_gcn': 'tasks.mutagenicity_gcn',
   'mutagenicity_transformer': 'tasks.mutagenicity_transformer',
   'tudataset_gcn': 'tasks.tudataset_gcn',
@@ -65,4 +69,12 @@ def build(config: training.Config) -> training.Workload:
     UsageError: the configuration.
     DataError: the data cannot be found or read.
   """
-  return load(config.task).build(config)
+  workload = load(config.task).build(config)
+  num_examples = workload.train.num_examples
+  if config.batch_size > num_examples:
+    raise UsageError(
+      f'--batch_size={config.batch_size}: the training split has {num_examples} '
+      'examples; give at most that.'
+    )
+  model = networks.change(workload.model, config.model, workload.example_inputs)
+  return workload._replace(model=model)

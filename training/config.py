@@ -36,7 +36,8 @@ class Config:
   """
 
   task: str = _field('digits_mlp', 'workload: model, data and recipe')
-  dataset: str = _field('', 'data set by name, for tasks over a collection (PROTEINS)')
+  dataset: str = _field('', 'data set by name, for tasks that have several (PROTEINS)')
+  model: str = _field('', 'changes to the network, as depth=16,width=2,norm=none')
   optimizer: str = _field('sgd', 'a sharpness-aware method, or a base optimizer alone')
   base_optimizer: str = _field('', 'the base optimizer that follows the method')
   rho: float | None = _field(None, "the method's perturbation radius")

@@ -1,0 +1,76 @@
+"""Changes to a task's network that the command line asks for."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from typing import Any
+
+import jax
+
+from training.errors import UsageError
+
+# Of every flax module, or given by the data.
+_FIXED = ('parent', 'name', 'num_classes', 'pixel_mean', 'pixel_std')
+
+
+def change(model: Any, text: str, example_inputs: Any) -> Any:
+  """A network with some of its attributes changed.
+
+  Args:
+    model: a flax.linen module.
+    text: the attributes, as `depth=16,width=2,norm=none` or `features=(32,32)`; '' for
+      none.
+    example_inputs: inputs that the changed network has to accept.
+
+  Raises:
+    UsageError: an attribute, its value, or a network that cannot be.
+
+  >>> import jax.numpy as jnp
+  >>> import models
+  >>> change(models.MLP(), 'features=(8,)', jnp.zeros((1, 4))).features
+  (8,)
+  """
+  if not text:
+    return model
+  current = {
+    field.name: getattr(model, field.name)
+    for field in dataclasses.fields(model)
+    if field.name not in _FIXED
+  }
+  values = _parse(text)
+  for name, value in values.items():
+    if name not in current:
+      raise UsageError(
+        f'--model={text}: the network has no {name!r}; choose from '
+        f'{", ".join(current)}.'
+      )
+    kinds = (int, float) if isinstance(current[name], float) else type(current[name])
+    if not isinstance(value, kinds) or isinstance(value, bool):
+      raise UsageError(
+        f'--model={text}: {name} is like {current[name]!r}, which {value!r} is not.'
+      )
+  changed = model.clone(**values)
+  try:
+    jax.eval_shape(changed.init, jax.random.key(0), example_inputs)
+  except (ValueError, TypeError, ZeroDivisionError) as error:
+    raise UsageError(f'--model={text}: there is no such network ({error})') from error
+  return changed
+
+
+def _parse(text: str) -> dict[str, Any]:
+  """Reads `name=value,...` with values as in Python; a bare word is a string."""
+  try:
+    call = ast.parse(f'f({text})', mode='eval').body
+    if not isinstance(call, ast.Call) or call.args:
+      raise ValueError
+    return {
+      keyword.arg: keyword.value.id
+      if isinstance(keyword.value, ast.Name)
+      else ast.literal_eval(keyword.value)
+      for keyword in call.keywords
+    }
+  except (SyntaxError, ValueError):
+    raise UsageError(
+      f'--model={text}: give name=value pairs, as depth=16,width=2.'
+    ) from None
