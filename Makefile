@@ -23,7 +23,7 @@ $(VENV)/dev.stamp: requirements-dev.txt $(VENV)/app.stamp
 
 quickstart: $(VENV)/app.stamp  ## train digits with SGD and SAM, measure both, compare
 	$(PY) train.py --task=digits_mlp --optimizer=sgd,sam --seeds=3 --workdir=$(RUNS)/quickstart
-	$(PY) eval_hessian.py --workdir=$(RUNS)/quickstart/sgd/seed_0,$(RUNS)/quickstart/sam/seed_0 --out=$(RUNS)/quickstart/compare
+	$(PY) eval_hessian.py --workdir='$(RUNS)/quickstart/sgd/seed_*,$(RUNS)/quickstart/sam/*/seed_*' --out=$(RUNS)/quickstart/compare
 
 test: lint  ## lint, doctests and tests; under 8 minutes on 2 cores
 	$(PY) -m pytest -n 2 -m 'not slow' --doctest-modules --doctest-glob='*.md' sam_jax input_pipelines models training tasks docs tests
