@@ -111,7 +111,7 @@ def compare_hvp(arguments: argparse.Namespace) -> None:
     arguments.task, manual_dir=arguments.manual_dir, data_dir=arguments.data_dir
   )
   workload = tasks.build(config)
-  batch = next(workload.train.batches(config.batch_size, seed=0).epoch(0))
+  batch = next(workload.train.batches(arguments.hessian_batch_size, seed=0).epoch(0))
   batch = jax.tree.map(jax.device_put, batch)
   variables = workload.model.init(jax.random.key(0), workload.example_inputs)
   params, stats = variables['params'], variables.get('batch_stats', {})
@@ -134,7 +134,7 @@ def compare_hvp(arguments: argparse.Namespace) -> None:
     arguments.repeats,
   )
   print(
-    f'{arguments.task}, one batch of the recipe: gradient '
+    f'{arguments.task}, a batch of {arguments.hessian_batch_size}: gradient '
     f'{1e3 * times["gradient"]:.2f} ms, FLOPs of sam_jax.hvp over it '
     f'{flops(product) / flops(gradient):.3f}'
   )
@@ -150,10 +150,14 @@ def main() -> None:
   parser.add_argument('--manual_dir', default='', help="folder of the set's archive")
   parser.add_argument('--data_dir', default='', help='folder of prepared data sets')
   parser.add_argument('--optimizers', default='sam,asam', help='methods, by comma')
+  parser.add_argument(
+    '--hessian_batch_size', type=int, default=128, help="eval_hessian.py's batch"
+  )
   parser.add_argument('--repeats', type=int, default=30, help='timed runs of each')
   arguments = parser.parse_args()
   print(f'jax {jax.__version__} on {jax.devices()[0].device_kind}')
-  compare_steps(arguments, arguments.optimizers.split(','))
+  if arguments.optimizers:
+    compare_steps(arguments, arguments.optimizers.split(','))
   compare_hvp(arguments)
 
 
