@@ -24,11 +24,12 @@ def test_loss_of_the_diagonal_network_by_hand():
 
 def problem(seed):
   """n = 20 Gaussian examples, a target with three ones, and 1,000 test examples."""
-  rng = np.random.default_rng(seed)
+  # The generator of the figures in the test below; another one's draws order 18 of 20.
+  rng = np.random.RandomState(seed)
   target = np.zeros(FEATURES)
   target[:3] = 1
-  x = rng.normal(size=(EXAMPLES, FEATURES))
-  x_test = rng.normal(size=(1000, FEATURES))
+  x = rng.randn(EXAMPLES, FEATURES)
+  x_test = rng.randn(1000, FEATURES)
   return jnp.asarray(x), jnp.asarray(x @ target), (x_test, x_test @ target)
 
 
