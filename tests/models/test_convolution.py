@@ -50,7 +50,10 @@ def test_values_gradients_and_hessian_products(x64, size, stride, image):
       jnp.vdot(g, t) for g, t in zip(gradient(x, kernel), tangents, strict=True)
     )
     twice = jax.grad(inner, argnums=(0, 1))(x, kernel)
-    return function(x, kernel, stride), gradient(x, kernel), product, twice
+    along = jax.jvp(loss, (x, kernel), tuple(tangents))[1]
+    slope = jax.grad(lambda x: jax.jvp(loss, (x, kernel), tuple(tangents))[1])(x)
+    values = function(x, kernel, stride), gradient(x, kernel)
+    return *values, product, twice, along, slope
 
   ours, reference = jax.jit(lambda: (everything(conv), everything(_reference)))()
   jax.tree.map(
@@ -73,7 +76,9 @@ def test_gradients_inside_loops_branches_and_vmap(x64):
       x[0, 0, 0, 0] > 9, lambda: kernel, lambda: gradient(kernel, x)
     )
     vmapped = jax.vmap(gradient, (None, 0))(kernel, x[:, None]).sum(0)
-    return mapped, branch, vmapped
+    middle = jax.vmap(gradient, (None, 1))(kernel, x[None]).sum(0)
+    both = jax.vmap(gradient)(jnp.stack([kernel] * 2), x[:, None]).sum(0)
+    return mapped, branch, vmapped, middle, both
 
   for found in placed(kernel, x):
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)

@@ -41,9 +41,8 @@ def test_published_parameter_counts(depth, width, parameters):
 def test_the_first_loss_is_that_of_guessing(norm):
   model = SMALL.clone(norm=norm, depth=16)
   variables = _init(model)
-  logits, _ = jax.jit(
-    lambda images: model.apply(variables, images, train=True, mutable=['batch_stats'])
-  )(IMAGES)
+  apply = jax.jit(model.apply, static_argnames=('train', 'mutable'))
+  logits, _ = apply(variables, IMAGES, train=True, mutable=('batch_stats',))
   assert logits.shape == (8, 10)
   loss = -jax.nn.log_softmax(logits).mean()
   assert abs(loss - np.log(10)) < 0.35
@@ -103,17 +102,17 @@ def test_bfloat16_parameters_give_float32_logits_and_statistics():
   low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables['params'])
 
   @jax.jit
-  def apply(params):
+  def apply(variables):
     return SMALL.apply(
-      {**variables, 'params': params},
+      variables,
       IMAGES,
       train=True,
       mutable=['batch_stats'],
       capture_intermediates=True,
     )
 
-  exact, _ = apply(variables['params'])
-  logits, found = apply(low)
+  exact, _ = apply(variables)
+  logits, found = apply({**variables, 'params': low})
   assert found['intermediates']['_Block_1']['__call__'][0].dtype == jnp.bfloat16
   dtypes = {leaf.dtype for leaf in jax.tree.leaves((logits, found['batch_stats']))}
   assert dtypes == {jnp.dtype('float32')}
