@@ -1,6 +1,8 @@
 """The two large tasks: their recipes, their networks, and what they refuse."""
 
 import io
+import json
+import shutil
 import zipfile
 
 import jax
@@ -8,11 +10,13 @@ import numpy as np
 import PIL.Image
 import pytest
 
+import eval_hessian
 import tasks
+import train
 import training
-from input_pipelines import cifar10
+from input_pipelines import DataError, cifar10
 from tasks import networks
-from training import loop, optimizers
+from training import cli, loop, optimizers
 
 
 def _count(workload):
@@ -103,6 +107,44 @@ def test_a_run_of_each(folders, tmp_path, name, model, dtype):
   found = loop.train(config, tasks.build(config), tmp_path / 'run', num_devices=1)
   assert np.isfinite(found['final']['test_loss'])
   assert len(found['test_scores']['classes']) in (5, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('name', 'model'),
+  [
+    ('cifar10_wrn', 'depth=10,width=1'),
+    ('mitbih_attention', 'features=8,head_features=(16,),hidden_features=8'),
+  ],
+)
+def test_the_hessian_of_each_is_measured(folders, tmp_path, name, model):
+  config = tasks.resolve(name, model=model, epochs=1, batch_size=20, **folders)
+  loop.train(config, tasks.build(config), tmp_path, num_devices=1)
+  flags = ['--top_k=1', '--tol=1e-1', '--num_matvecs=3', '--num_probes=1']
+  flags += ['--trace_matvecs=2', '--landscape_points=3', '--one_batch_repeats=1']
+  command = ['eval_hessian.py', '--nocache', f'--workdir={tmp_path}', *flags]
+  assert cli.run(eval_hessian.main, command) == 0
+  found = json.loads((tmp_path / 'hessian' / 'summary.json').read_text())
+  assert found['lambda_max'] > 0
+  assert (tmp_path / 'hessian' / 'landscape.png').is_file()
+
+
+def test_a_damaged_image_is_one_sentence_and_loses_nothing(folders, tmp_path, capsys):
+  path = shutil.copy(f'{folders["manual_dir"]}/pets.zip', tmp_path)
+  command = ['train.py', '--nocache', '--task=cifar10_wrn', '--dataset=pets']
+  command += [f'--manual_dir={tmp_path}', f'--data_dir={tmp_path / "prepared"}']
+  command += ['--batch_size=99', f'--workdir={tmp_path / "run"}']
+  run = lambda: cli.run(train.main, command, errors=(DataError,))
+  assert run() == 2
+  assert '--batch_size=99: the training split has 8' in capsys.readouterr().err
+  with zipfile.ZipFile(path, 'a') as archive:
+    archive.writestr('cat/broken.png', b'\x89PNG\r\n\x1a\n and no more')
+  before = sorted((tmp_path / 'prepared').rglob('*'))
+  assert run() == 2
+  error = capsys.readouterr().err
+  assert error.startswith('train.py: cat/broken.png in ') and error.count('\n') == 1
+  assert sorted((tmp_path / 'prepared').rglob('*')) == before
+  assert not (tmp_path / 'run').exists()
 
 
 def test_a_batch_larger_than_the_set_is_refused(folders):
