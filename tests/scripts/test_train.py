@@ -130,10 +130,9 @@ def test_a_sweep_compares_and_repeats_nothing(tmp_path, capsys):
   table = (tmp_path / 'sweep.md').read_text()
   assert table in first and table.count('+-') == 11
   assert (tmp_path / 'sweep.png').stat().st_size > 10_000
-  start = time.monotonic()
   assert _run(*flags, '--seeds=2') == 0
-  assert table in capsys.readouterr().out
-  assert time.monotonic() - start < 20
+  second = capsys.readouterr().out
+  assert table in second and 'epoch ' in first and 'epoch ' not in second
 
 
 def _start(workdir, *flags, environment=None):
@@ -141,7 +140,7 @@ def _start(workdir, *flags, environment=None):
   return subprocess.Popen(
     [sys.executable, 'train.py', f'--workdir={workdir}', '--notiming', *flags],
     cwd=_ROOT,
-    stdout=subprocess.DEVNULL,
+    stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
     env={**variables, **(environment or {})},
@@ -168,9 +167,11 @@ def test_twenty_kills_change_no_bit(tmp_path):
   assert _finish(whole) == (0, '')
   rng = random.Random(0)
   steps = []
-  for _ in range(20):
+  for number in range(20):
     run = _start(tmp_path / 'killed', *flags, environment=environment)
-    time.sleep(rng.uniform(0.5, 6.0))
+    if number % 5:  # The others die while they start.
+      run.stdout.readline()
+    time.sleep(rng.uniform(0.0, 0.4))
     run.send_signal(signal.SIGKILL)
     _finish(run)
     found = sorted((tmp_path / 'killed').glob('checkpoints/[0-9]*'))
@@ -178,7 +179,7 @@ def test_twenty_kills_change_no_bit(tmp_path):
   last = _start(tmp_path / 'killed', *flags, environment=environment)
   code, error = _finish(last)
   assert code == 0, error
-  assert len(set(steps)) > 3, 'the kills did not fall inside the run'
+  assert len(set(steps)) > 3, f'the kills did not fall inside the run: {steps}'
   assert _outcome(tmp_path / 'killed') == _outcome(tmp_path / 'whole')
 
 
