@@ -1,7 +1,7 @@
 """What a sharpness-aware step costs beside the base optimizer's, and an HVP a gradient.
 
   python -m benchmarks.step_cost [--task=mutagenicity_gcn --manual_dir=DIR]
-      [--optimizers=sam,asam] [--repeats=30]
+      [--model=depth=16,width=4] [--optimizers=sam,asam] [--repeats=30]
 
 FLOPs are the compiler's own count of the compiled step. Times are medians of
 interleaved runs on one batch of the task's recipe, each run a whole step through the
@@ -68,9 +68,15 @@ def flops(compiled: Any) -> float:
   return compiled.cost_analysis()['flops']
 
 
+def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+  """The fields of the configuration that the command line sets."""
+  names = ('manual_dir', 'data_dir', 'model', 'batch_size')
+  return {name: getattr(arguments, name) for name in names}
+
+
 def compare_steps(arguments: argparse.Namespace, names: list[str]) -> None:
   """Prints a row a method: milliseconds and FLOPs a step, and both over the base's."""
-  given = {'manual_dir': arguments.manual_dir, 'data_dir': arguments.data_dir}
+  given = overrides(arguments)
   base = tasks.resolve(arguments.task, **given).base_optimizer
   costs, runs, shares = {}, {}, {}
   for name in [base, *names]:
@@ -107,9 +113,7 @@ def compare_hvp(arguments: argparse.Namespace) -> None:
   Those of an operator share the linearized gradient, as in Lanczos; `sam_jax.hvp` alone
   takes it anew.
   """
-  config = tasks.resolve(
-    arguments.task, manual_dir=arguments.manual_dir, data_dir=arguments.data_dir
-  )
+  config = tasks.resolve(arguments.task, **overrides(arguments))
   workload = tasks.build(config)
   batch = next(workload.train.batches(arguments.hessian_batch_size, seed=0).epoch(0))
   batch = jax.tree.map(jax.device_put, batch)
@@ -149,6 +153,8 @@ def main() -> None:
   parser.add_argument('--task', default='digits_mlp', help='a task of train.py')
   parser.add_argument('--manual_dir', default='', help="folder of the set's archive")
   parser.add_argument('--data_dir', default='', help='folder of prepared data sets')
+  parser.add_argument('--model', help='changes to the network, as depth=16,width=4')
+  parser.add_argument('--batch_size', type=int, help="unless the recipe's")
   parser.add_argument('--optimizers', default='sam,asam', help='methods, by comma')
   parser.add_argument(
     '--hessian_batch_size', type=int, default=128, help="eval_hessian.py's batch"
