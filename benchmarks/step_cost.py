@@ -41,7 +41,9 @@ def compiled_steps(
     optimizers.phase(config, steps_per_epoch, number) for number in range(total)
   )
   for phase, count in phases.items():
-    train_step = step.make_train_step(workload.model, tx, config, phase=phase)
+    train_step = step.make_train_step(
+      workload.model, tx, config, phase=phase, augment=workload.augment
+    )
     run = replicas.map(train_step).lower(state, shards).compile()
     compiled.append((count / total, run))
   return compiled, state
