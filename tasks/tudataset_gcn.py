@@ -23,7 +23,7 @@ RECIPE = training.Config(
   label_smoothing=0.1,
 )
 
-RHO = {'sam': 0.005}
+RHO = {'sam': 0.005, 'asam': 0.05}
 
 
 def build(config: training.Config) -> training.Workload:
