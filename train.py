@@ -19,6 +19,7 @@ import tasks
 from input_pipelines import DataError
 from training import cli, loop, optimizers, parallel, summary, sweep
 from training import config as config_lib
+from training.errors import UsageError
 
 
 def _define_flags() -> cli.Flags:
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
   flags = _define_flags().parse(argv, _usage())
   overrides = cli.config_overrides(flags)
   task = overrides.pop('task', 'digits_mlp')
-  methods = overrides.pop('optimizer', [None])
+  methods = cli.entries('optimizer', overrides.pop('optimizer', None)) or [None]
   radii = cli.numbers('rho', overrides.pop('rho', None)) or [None]
   points = sweep.points(
     lambda **fields: tasks.resolve(task, **overrides, **fields),
@@ -72,6 +73,8 @@ def main(argv: Sequence[str]) -> None:
     radii,
     flags.seeds,
   )
+  if flags['workdir'].present and not flags.workdir:
+    raise UsageError('--workdir= is empty: give a folder.')
   if flags.cache:
     parallel.enable_compilation_cache()
   parallel.initialize(flags.coordinator, flags.num_processes, flags.process_id)

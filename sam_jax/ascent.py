@@ -6,6 +6,7 @@ scalars of `Record` and whose update is told how to take a gradient elsewhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -81,9 +82,19 @@ def scalar_dtype(params: optax.Params) -> jnp.dtype:
 
 
 def check_rho(rho: ScalarOrSchedule, name: str = 'rho') -> None:
-  """Raises ValueError for a negative number; arrays and schedules are not looked at."""
-  if isinstance(rho, (int, float)) and not rho >= 0:
-    raise ValueError(f'{name} must be at least 0, got {rho}: it is a radius.')
+  """Raises for what cannot be a radius; arrays' values are not looked at.
+
+  Raises:
+    TypeError: neither a number, nor an array, nor a schedule.
+    ValueError: a negative or infinite number.
+  """
+  if not (callable(rho) or hasattr(rho, 'dtype') or isinstance(rho, (int, float))):
+    raise TypeError(
+      f'{name} must be a number, an array or a schedule, got {rho!r} of type '
+      f'{type(rho).__name__}.'
+    )
+  if isinstance(rho, (int, float)) and not 0 <= rho < math.inf:
+    raise ValueError(f'{name} must be at least 0 and finite, got {rho}: a radius.')
 
 
 def check_positive(**values: int | jax.Array) -> None:
@@ -162,27 +173,66 @@ def gradient_function(
       'tx.update(grads, opt_state, params, grad_fn=jax.grad(loss)).'
     )
 
+  name = 'grad_fn' if value_and_grad_fn is None else 'value_and_grad_fn'
+  function = grad_fn if value_and_grad_fn is None else value_and_grad_fn
+  if not callable(function):
+    raise TypeError(
+      f'{name} must be a function of the parameters, got {type(function).__name__}: '
+      'jax.grad(loss), not its result.'
+    )
+
   def evaluate(at):
     if value_and_grad_fn is None:
       value, grads = jnp.zeros([], scalar_dtype(params)), grad_fn(at)
-      name = 'grad_fn'
     else:
-      value, grads = value_and_grad_fn(at)
-      name = 'value_and_grad_fn'
-    got, expected = jax.tree.structure(grads), jax.tree.structure(params)
-    if got != expected:
-      raise TypeError(
-        f'{name} must return gradients with the tree structure of params (a function '
-        f'with has_aux=True does not): expected {expected}, got {got}.'
-      )
-    if jnp.shape(value):
-      raise TypeError(
-        f'{name} must return a scalar value, got shape {jnp.shape(value)}: take the '
-        'mean over the batch.'
-      )
+      value, grads = _pair(value_and_grad_fn(at))
+    _check_like(grads, params, name)
     return value, grads
 
   return evaluate
+
+
+def _pair(result: Any) -> tuple[jax.Array, optax.Updates]:
+  """The value and the gradients of ``value_and_grad_fn``.
+
+  Raises:
+    TypeError: it returned something else.
+  """
+  if not (isinstance(result, tuple) and len(result) == 2):
+    raise TypeError(
+      'value_and_grad_fn must return (value, grads), as jax.value_and_grad(loss) does, '
+      f'got {type(result).__name__}.'
+    )
+  value, grads = result
+  if isinstance(value, (tuple, list, dict)):
+    raise TypeError(
+      'value_and_grad_fn must return a scalar value, got a '
+      f'{type(value).__name__}: drop what has_aux=True adds.'
+    )
+  if jnp.shape(value):
+    raise TypeError(
+      'value_and_grad_fn must return a scalar value, got shape '
+      f'{jnp.shape(value)}: take the mean over the batch.'
+    )
+  return value, grads
+
+
+def _check_like(grads: optax.Updates, params: optax.Params, name: str) -> None:
+  """Raises TypeError unless the gradients have the tree and the shapes of params."""
+  got, expected = jax.tree.structure(grads), jax.tree.structure(params)
+  if got != expected:
+    raise TypeError(
+      f'{name} must return gradients with the tree structure of params (a function '
+      f'with has_aux=True does not): expected {expected}, got {got}.'
+    )
+  leaves = zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(params), strict=True)
+  for (path, gradient), parameter in leaves:
+    if jnp.shape(gradient) != jnp.shape(parameter):
+      raise TypeError(
+        f'{name} must return gradients of the shapes of params: at '
+        f'{jax.tree_util.keystr(path) or "the root"} expected {jnp.shape(parameter)}, '
+        f'got {jnp.shape(gradient)}.'
+      )
 
 
 def perturb(params: optax.Params, eps: optax.Updates) -> optax.Params:

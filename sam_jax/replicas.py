@@ -79,8 +79,7 @@ def m_sharpness(
     Foret et al., 2021, section 4.1 (arXiv:2010.01412); Andriushchenko and Flammarion,
     2022, section 3 (arXiv:2206.06232).
   """
-  if num_groups < 1:
-    raise ValueError(f'num_groups must be at least 1, got {num_groups}.')
+  num_groups = ascent.static_int('num_groups', num_groups, default=1)
   inner = optax.with_extra_args_support(inner)
 
   def update_fn(

@@ -85,6 +85,19 @@ def config_overrides(values: flags.FlagValues) -> dict[str, object]:
   return {name: values[name].value for name in names if values[name].value is not None}
 
 
+def entries(name: str, texts: Sequence[str] | None) -> Sequence[str] | None:
+  """The entries of a list flag, None if it is unset.
+
+  Raises:
+    UsageError: it is empty, or one of them is.
+  """
+  if texts is not None and not all(texts or ['']):
+    raise UsageError(
+      f'--{name}={",".join(texts)} has an empty entry: give one or more, as A,B.'
+    )
+  return texts
+
+
 def numbers(name: str, texts: Sequence[str] | None) -> list[float] | None:
   """The numbers of a list flag.
 
@@ -93,8 +106,7 @@ def numbers(name: str, texts: Sequence[str] | None) -> list[float] | None:
   """
   if texts is None:
     return None
-  if not texts:
-    raise UsageError(f'--{name}= is empty: give one or more numbers, as 0.05,0.1.')
+  texts = entries(name, texts)
   try:
     return [float(text) for text in texts]
   except ValueError:

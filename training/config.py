@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import math
 import os
 import pathlib
 import platform
-from typing import Any
+from typing import IO, Any
 
 from training.errors import UsageError
 
 FILE_NAME = 'config.json'
+_LOCK_NAME = '.lock'
+_MAX_SEED = 2**31 - 1
 SCHEDULES = ('step', 'cosine', 'constant')
 DTYPES = ('float32', 'bfloat16')
 ADAPTIVE_RULES = ('weights', 'all')
@@ -156,6 +159,9 @@ def validate(config: Config) -> None:
     _require(
       config, name, 0 <= getattr(config, name) < 1, 'must be at least 0 and below 1'
     )
+  for name in ('seed', 'split_seed'):
+    small = getattr(config, name) <= _MAX_SEED
+    _require(config, name, small, f'must be at most {_MAX_SEED}')
   for name in ('esam_beta', 'esam_gamma'):
     share = getattr(config, name)
     _require(config, name, 0 < share <= 1, 'must be above 0 and at most 1')
@@ -256,8 +262,9 @@ def check(config: Config, workdir: pathlib.Path) -> None:
     return
   if not workdir.exists():
     return
-  # A run killed while it was born leaves only the temporary file.
-  strangers = [p.name for p in workdir.iterdir() if p.name != f'{FILE_NAME}.tmp']
+  # A run killed while it was born leaves only these.
+  own = (f'{FILE_NAME}.tmp', _LOCK_NAME)
+  strangers = [p.name for p in workdir.iterdir() if p.name not in own]
   if strangers:
     raise UsageError(
       f'--workdir={workdir} is not empty and holds no {FILE_NAME} (but '
@@ -265,11 +272,31 @@ def check(config: Config, workdir: pathlib.Path) -> None:
     )
 
 
-def claim(config: Config, workdir: pathlib.Path) -> None:
-  """Makes a checked workdir this run's own."""
-  workdir.mkdir(parents=True, exist_ok=True)
+def claim(config: Config, workdir: pathlib.Path) -> IO[str]:
+  """Makes a checked workdir this run's own, until the file it returns is closed.
+
+  Raises:
+    UsageError: the folder cannot be written, or another process trains in it.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = (workdir / _LOCK_NAME).open('w')
+  except OSError as error:
+    raise UsageError(
+      f'--workdir={workdir} cannot be written ({error.strerror}): choose another '
+      'folder.'
+    ) from error
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError as error:
+    lock.close()
+    raise UsageError(
+      f'another process is training in --workdir={workdir}: wait for its end, or '
+      'choose another folder.'
+    ) from error
   if not (workdir / FILE_NAME).exists():
     save(config, workdir)
+  return lock
 
 
 def differences(old: Config, new: Config) -> list[str]:

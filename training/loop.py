@@ -105,9 +105,9 @@ class _Run:
     }
     self._eval_step = replicas.map(step.make_eval_step(model, config))
     # Nothing is written before all of the above has proved usable.
-    self._checkpoints = None
+    self._checkpoints = self._lock = None
     if parallel.is_primary():
-      config_lib.claim(config, workdir)
+      self._lock = config_lib.claim(config, workdir)
       self._checkpoints = checkpoints.Checkpoints(workdir)
     self._restore(state)
     self._metrics = None
@@ -292,6 +292,7 @@ class _Run:
       self._metrics.close()
     if self._checkpoints:
       self._checkpoints.close()
+      self._lock.close()
 
 
 class _Stop:

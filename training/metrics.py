@@ -122,6 +122,6 @@ def check_finite(metrics: dict[str, float], step: int) -> None:
     if not math.isfinite(value):
       raise TrainingDiverged(
         f'the {name} of step {step} is {value}: training has diverged and stops; the '
-        'last good checkpoint is kept. Try a lower --learning_rate or --rho, '
-        '--warmup_epochs or --clip_norm, in another --workdir.'
+        'last good checkpoint, if there is one, is kept. Try a lower --learning_rate '
+        'or --rho, --warmup_epochs or --clip_norm, in another --workdir.'
       )

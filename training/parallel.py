@@ -97,6 +97,15 @@ def initialize(
   Raises:
     UsageError: the processes cannot be joined.
   """
+  if not coordinator and (num_processes > 1 or process_id > 0):
+    raise UsageError(
+      f'--num_processes={num_processes} --process_id={process_id}: several processes '
+      "need --coordinator, host:port of the first or 'cluster'."
+    )
+  if coordinator not in ('', 'cluster') and ':' not in coordinator:
+    raise UsageError(
+      f"--coordinator={coordinator}: give host:port of the first process, or 'cluster'."
+    )
   if not coordinator:
     return
   try:

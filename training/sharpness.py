@@ -364,6 +364,8 @@ class _Measurement:
   def _one_batch(self) -> dict[str, Any] | None:
     """Extremes of the Hessian of single batches of the training size."""
     repeats, size = self._options.one_batch_repeats, self._config.batch_size
+    if not repeats:
+      return None
     split = getattr(self._network.workload, self._options.split)
     drawn = self._draw(split, size, min(repeats * size, split.num_examples))
     extremes = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import warnings
 from typing import Any
 
 from training import config as config_lib
@@ -65,9 +66,15 @@ def write(
 
 
 def read(workdir: pathlib.Path) -> dict[str, Any] | None:
-  """The summary of a finished run, or None."""
+  """The summary of a finished run, or None; a damaged one is written again."""
   path = pathlib.Path(workdir) / FILE_NAME
-  return json.loads(path.read_text()) if path.exists() else None
+  if not path.exists():
+    return None
+  try:
+    return json.loads(path.read_text())
+  except ValueError:
+    warnings.warn(f'{path} is damaged and is made anew.', stacklevel=2)
+    return None
 
 
 def describe(summary: dict[str, Any]) -> str:

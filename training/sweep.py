@@ -211,7 +211,9 @@ def _cell(row: dict[str, Any], name: str) -> str:
 
 def _figure(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
   """Accuracy, gap and sharpness against rho; base optimizers as horizontal lines."""
-  from matplotlib.figure import Figure  # Slow to import, and needed once a sweep.
+  # Slow to import, and needed once a sweep.
+  from matplotlib.figure import Figure
+  from matplotlib.ticker import NullLocator
 
   names = ['test_accuracy', 'generalization_gap', 'lambda_max']
   names = [name for name in names if name in rows[0]]
@@ -235,8 +237,11 @@ def _figure(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
         radii, values, errors, fmt='o-', color=colour, label=optimizer, capsize=3
       )
     axes.set(xlabel='rho', ylabel=_COLUMNS[name])
-    if any(row['rho'] for row in rows):
-      axes.set_xscale('log' if all(row['rho'] != 0 for row in rows) else 'linear')
+    swept = sorted({row['rho'] for row in rows if row['rho'] is not None})
+    if any(swept):
+      axes.set_xscale('linear' if 0 in swept else 'log')
+      axes.set_xticks(swept, [f'{radius:g}' for radius in swept])
+      axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
   panels[0].legend(frameon=False)
   figure.savefig(path, dpi=120)

@@ -162,7 +162,7 @@ def test_norm_is_taken_in_float32():
   np.testing.assert_allclose(perturbations.norm(grads), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize('rho', [-0.1, float('nan'), -1])
+@pytest.mark.parametrize('rho', [-0.1, float('nan'), -1, float('inf')])
 @pytest.mark.parametrize('method', [sam_jax.sam, sam_jax.asam, sam_jax.usam])
 def test_a_negative_rho_is_refused(method, rho):
   with pytest.raises(ValueError, match='rho must be at least 0'):
@@ -188,3 +188,24 @@ def test_a_value_that_is_not_a_scalar_is_refused():
     tx.update(
       params, tx.init(params), params, value_and_grad_fn=lambda p: (jnp.ones(3), p)
     )
+
+
+@pytest.mark.parametrize('rho', ['0.05', None, [0.1]])
+def test_what_is_no_radius_is_refused(rho):
+  with pytest.raises(TypeError, match='rho must be a number'):
+    sam_jax.sam(rho)
+
+
+@pytest.mark.parametrize(
+  ('given', 'message'),
+  [
+    ({'grad_fn': {'w': 1.0}}, 'grad_fn must be a function'),
+    ({'value_and_grad_fn': lambda p: p}, 'as jax.value_and_grad'),
+    ({'value_and_grad_fn': lambda p: ((0.0, 'aux'), p)}, 'has_aux'),
+    ({'grad_fn': lambda p: {'w': jnp.ones(3)}}, r"at \['w'\] expected \(2, 2\)"),
+  ],
+)
+def test_a_wrong_function_is_named(given, message):
+  tx, params = sam_jax.sam(0.5), {'w': jnp.ones((2, 2))}
+  with pytest.raises(TypeError, match=message):
+    tx.update(params, tx.init(params), params, **given)

@@ -12,9 +12,11 @@ import time
 import numpy as np
 import pytest
 
+import tasks
 import train
 from input_pipelines import DataError
 from training import checkpoints, cli, metrics, optimizers
+from training import config as config_lib
 
 _ROOT = pathlib.Path(train.__file__).parent
 
@@ -33,7 +35,12 @@ def _run(*arguments):
     ('--rho=-1', '--rho=-1.0: the radius must not be negative'),
     ('--optimizer=sam --rho=nan', '--rho=nan: must be a finite number'),
     ('--rho=abc', '--rho=abc: give one or more numbers'),
-    ('--rho=', '--rho= is empty'),
+    ('--rho=', '--rho= has an empty entry'),
+    ('--optimizer=', '--optimizer= has an empty entry'),
+    ('--optimizer=sam,,sgd', '--optimizer=sam,,sgd has an empty entry'),
+    ('--seed=99999999999999', '--seed=99999999999999: must be at most'),
+    ('--coordinator=foo', '--coordinator=foo: give host:port'),
+    ('--num_processes=2', 'need --coordinator'),
     ('--optimizer=sgd --rho=0.1', 'has no effect with --optimizer=sgd'),
     ('--optimizer=foo', '--optimizer=foo: choose one of sam'),
     ('--optimizer=sam,foo', '--optimizer=foo: choose one of sam'),
@@ -157,6 +164,31 @@ def _outcome(workdir):
   arrays = checkpoints.load(workdir).arrays
   lines = (workdir / 'metrics.jsonl').read_bytes()
   return {name: array.tobytes() for name, array in arrays.items()}, lines
+
+
+def test_folders_that_cannot_be_used(tmp_path, capsys):
+  assert _run('--workdir=') == 2
+  assert '--workdir= is empty' in capsys.readouterr().err
+  (tmp_path / 'file').write_text('')
+  assert _run(f'--workdir={tmp_path}/file/run', '--epochs=1') == 2
+  assert 'cannot be written (Not a directory)' in capsys.readouterr().err
+  workdir = tmp_path / 'taken'
+  config = tasks.resolve('digits_mlp', epochs=1)
+  with config_lib.claim(config, workdir):
+    assert _run(f'--workdir={workdir}', '--epochs=1') == 2
+    assert 'another process is training' in capsys.readouterr().err
+  assert _run(f'--workdir={workdir}', '--epochs=1') == 0
+
+
+@pytest.mark.filterwarnings('default')
+def test_a_damaged_summary_is_made_anew(tmp_path, capsys):
+  assert _run(f'--workdir={tmp_path}', '--epochs=1') == 0
+  path = tmp_path / 'summary.json'
+  first = json.loads(path.read_text())
+  path.write_text('{')
+  assert _run(f'--workdir={tmp_path}', '--epochs=1') == 0
+  assert 'is damaged and is made anew' in capsys.readouterr().err
+  assert json.loads(path.read_text())['final'] == first['final']
 
 
 @pytest.mark.slow

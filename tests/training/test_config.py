@@ -47,7 +47,7 @@ def test_the_default_is_valid_and_survives_its_file(tmp_path):
 
 
 def test_a_foreign_workdir_is_refused_with_the_differing_fields(tmp_path):
-  config_lib.claim(Config(optimizer='sam', rho=0.1), tmp_path / 'run')
+  config_lib.claim(Config(optimizer='sam', rho=0.1), tmp_path / 'run').close()
   with pytest.raises(UsageError) as caught:
     config_lib.check(Config(optimizer='sam', rho=0.2, seed=3), tmp_path / 'run')
   message = str(caught.value)
@@ -57,7 +57,7 @@ def test_a_foreign_workdir_is_refused_with_the_differing_fields(tmp_path):
 
 
 def test_where_the_data_lies_may_change(tmp_path):
-  config_lib.claim(Config(manual_dir='/here'), tmp_path)
+  config_lib.claim(Config(manual_dir='/here'), tmp_path).close()
   config_lib.check(Config(manual_dir='/there', checkpoint_every=5), tmp_path)
 
 
