@@ -16,9 +16,6 @@ from hypothesis import settings  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_threefry_partitionable', True)
-# Compiled functions outlive the test process: XLA compiles are slow.
-jax.config.update('jax_compilation_cache_dir', '.jax_cache')
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 settings.register_profile('default', deadline=None, max_examples=30, derandomize=True)
 settings.load_profile('default')
