@@ -7,7 +7,12 @@ import pytest
 from training import Config, loop, metrics, optimizers, parallel, step
 from training.errors import UsageError
 
-METHODS = sorted(optimizers.METHODS)
+# One of each shape by default, the rest with the slow tests.
+SHAPES = ('sam', 'decoupled_wsam', 'looksam', 'msam', 'esam', 'graphsam')
+METHODS = [
+  pytest.param(name, marks=[] if name in SHAPES else pytest.mark.slow)
+  for name in sorted(optimizers.METHODS)
+]
 
 
 def config_of(method, **overrides):

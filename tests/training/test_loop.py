@@ -82,6 +82,7 @@ def whole(small, tmp_path_factory):
 
 def test_files_and_numbers_of_a_run(whole, small):
   assert {p.name for p in whole.iterdir()} == {
+    '.lock',
     'config.json',
     'metrics.jsonl',
     'checkpoints',
