@@ -8,7 +8,7 @@ from training import Config, loop, metrics, optimizers, parallel, step
 from training.errors import UsageError
 
 # One of each shape by default, the rest with the slow tests.
-SHAPES = ('sam', 'decoupled_wsam', 'looksam', 'msam', 'esam', 'graphsam')
+SHAPES = ('sam', 'looksam', 'msam')
 METHODS = [
   pytest.param(name, marks=[] if name in SHAPES else pytest.mark.slow)
   for name in sorted(optimizers.METHODS)
