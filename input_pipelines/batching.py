@@ -81,14 +81,24 @@ class Batches:
 
   def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
     """Yields the batches of `epoch`, beginning at step `start` of it."""
+    return map(self.collate, self.steps(epoch, start))
+
+  def steps(self, epoch: int, start: int = 0) -> list[np.ndarray]:
+    """Returns which examples the batches of `epoch` hold, from step `start` on.
+
+    An int64 array of shape `(*shards, slots)` a batch, -1 for an empty slot.
+    """
     if self._seed is None:
       order = np.arange(self._num_examples)
     else:
       generator = np.random.default_rng([self._seed, epoch])
       order = generator.permutation(self._num_examples)
-    for step in range(start, self.steps_per_epoch):
-      first = step * self._batch_size
-      yield self._collate(self._deal(order[first : first + self._batch_size]))
+    firsts = range(start * self._batch_size, self._num_examples, self._batch_size)
+    return [self._deal(order[first : first + self._batch_size]) for first in firsts]
+
+  def collate(self, indices: np.ndarray) -> Batch:
+    """Makes the batch of the examples that an array of `steps` names."""
+    return self._collate(indices)
 
   def _deal(self, indices: np.ndarray) -> np.ndarray:
     """Deals indices out contiguously to the shards, filling up with -1."""
@@ -119,6 +129,11 @@ class ArraySplit:
   def num_examples(self) -> int:
     """Number of examples."""
     return len(self._labels)
+
+  @property
+  def arrays(self) -> Batch:
+    """All `inputs` and `labels`, of which batches are rows."""
+    return {'inputs': self._inputs, 'labels': self._labels}
 
   def batches(
     self,
@@ -159,6 +174,9 @@ class GraphSplit:
   receiver. Padding nodes and edges belong to the first padding graph, which
   follows the real graphs; padding edges join its first node to itself.
   """
+
+  # Batches are packed, not rows of arrays.
+  arrays = None
 
   def __init__(
     self,

@@ -97,6 +97,11 @@ class Config:
   init_from: str = _field('', "start from the parameters of this other run's workdir")
   manual_dir: str = _field('', "folder with the publisher's archive", may_change=True)
   data_dir: str = _field('', 'folder with prepared data sets', may_change=True)
+  device_data_gib: float = _field(
+    2.0,
+    'data sets of up to so many GiB live on each device, larger ones are streamed',
+    may_change=True,
+  )
   log_every: int = _field(
     0, 'also write a metrics line every so many steps; 0: each epoch only'
   )
@@ -133,6 +138,7 @@ def validate(config: Config) -> None:
     'm_sharpness',
     'adaptive_eta',
     'clip_norm',
+    'device_data_gib',
     'seed',
     'split_seed',
     'log_every',

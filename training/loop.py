@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import math
 import os
@@ -16,13 +15,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from training import checkpoints, classes, curves, optimizers, parallel, step, summary
+from training import (
+  checkpoints,
+  classes,
+  curves,
+  feeding,
+  optimizers,
+  parallel,
+  step,
+  summary,
+)
 from training import config as config_lib
 from training import metrics as metrics_lib
 from training.config import Config
 from training.errors import UsageError
 from training.progress import Progress
-from training.workload import Batch, Split, Workload
+from training.workload import Workload
 
 # Of the time, what checkpoints at the ends of short epochs may take.
 _SAVING_SHARE = 0.05
@@ -104,6 +112,11 @@ class _Run:
       for phase in (None, False, True)
     }
     self._eval_step = replicas.map(step.make_eval_step(model, config))
+    splits = (workload.train, workload.test)
+    resident = feeding.fit(splits, config.device_data_gib)
+    self._train_feed, self._test_feed = (
+      feeding.Feed(split, replicas, resident=resident) for split in splits
+    )
     # Nothing is written before all of the above has proved usable.
     self._checkpoints = self._lock = None
     if parallel.is_primary():
@@ -133,6 +146,7 @@ class _Run:
     self._start = position['start']
     self._means = metrics_lib.EpochMeans(position['means'])
     self._seconds_before = position.get('seconds', 0.0)
+    self._stopwatch = feeding.Stopwatch(*position.get('input_wait', ()))
     self._state = self._replicas.replicate(parallel.broadcast(state))
 
   def train(self, stop: _Stop) -> bool:
@@ -154,14 +168,13 @@ class _Run:
     """Runs the rest of an epoch; False if it was told to stop inside."""
     every = self._config.checkpoint_every
     pending = None
-    batches = _prefetch(self._batches.epoch(self._epoch, self._start))
+    metrics = None
+    feed = self._train_feed.epoch(self._batches, self._epoch, self._start)
     self._tick = time.monotonic()
-    with contextlib.closing(batches):
-      for batch in batches:
+    with contextlib.closing(feed):
+      while (batch := self._stopwatch.next(feed, metrics)) is not None:
         phase = optimizers.phase(self._config, self._steps_per_epoch, self._step)
-        self._state, metrics = self._train_steps[phase](
-          self._state, self._replicas.local(batch)
-        )
+        self._state, metrics = self._train_steps[phase](self._state, batch)
         # The device is busy with this step while the one before is read.
         self._record(pending)
         self._step, self._start = self._step + 1, self._start + 1
@@ -188,6 +201,7 @@ class _Run:
     metrics_lib.check_finite(metrics, number)
     now = time.monotonic()
     self._means.add(metrics, now - self._tick)
+    self._stopwatch.total += now - self._tick
     self._tick = now
     if not self._metrics:
       return
@@ -201,7 +215,7 @@ class _Run:
   def _end_epoch(self) -> None:
     """Logs the epoch that has just been trained and moves on to the next."""
     means = self._means.means()
-    test, _ = self._evaluate(self._workload.test)
+    test, _ = self._evaluate(self._test_feed)
     self._epoch, self._start = self._epoch + 1, 0
     self._means = metrics_lib.EpochMeans()
     if not self._metrics:
@@ -211,16 +225,13 @@ class _Run:
     self._metrics.write(**common, split='test', **test)
     self._progress.test(test['accuracy'])
 
-  def _evaluate(self, split: Split) -> tuple[dict[str, float], np.ndarray]:
+  def _evaluate(self, feed: feeding.Feed) -> tuple[dict[str, float], np.ndarray]:
     """Mean loss, accuracy and confusion matrix of a split in evaluation mode."""
-    batches = split.batches(
+    batches = feed.split.batches(
       self._config.batch_size, shards=(self._replicas.num_replicas,)
     )
     variables = (self._state.params, self._state.batch_stats)
-    sums = [
-      self._eval_step(variables, self._replicas.local(batch))
-      for batch in _prefetch(batches.epoch(0))
-    ]
+    sums = [self._eval_step(variables, batch) for batch in feed.epoch(batches, 0)]
     sums = [self._replicas.first(x) for x in sums]
     confusion = np.sum([x.pop('confusion') for x in sums], axis=0, dtype=np.float64)
     total = {name: math.fsum(float(x[name]) for x in sums) for name in sums[0]}
@@ -249,6 +260,7 @@ class _Run:
       'start': self._start,
       'means': self._means.state if self._start else None,
       'seconds': self._seconds(),
+      'input_wait': [self._stopwatch.waited, self._stopwatch.total],
     }
     before = time.monotonic()
     self._checkpoints.save(self._replicas.first(self._state), position)
@@ -257,8 +269,8 @@ class _Run:
 
   def finish(self) -> dict[str, Any]:
     """Evaluates the last parameters and writes summary and picture."""
-    train, _ = self._evaluate(self._workload.train)
-    test, confusion = self._evaluate(self._workload.test)
+    train, _ = self._evaluate(self._train_feed)
+    test, confusion = self._evaluate(self._test_feed)
     if not self._metrics:
       return {}
     self._progress.close()
@@ -270,6 +282,7 @@ class _Run:
       'num_train_examples': self._workload.train.num_examples,
       'num_test_examples': self._workload.test.num_examples,
       'wall_time_seconds': self._seconds(),
+      'input_wait_share': self._stopwatch.share,
       'device': self._replicas.device_kind,
       'num_replicas': self._replicas.num_replicas,
       'test_scores': scores,
@@ -329,15 +342,6 @@ def _stop_signal() -> Iterator[_Stop]:
 
 def _leave(stop: _Stop) -> Any:
   raise SystemExit(128 + (stop.signal_number or signal.SIGTERM))
-
-
-def _prefetch(batches: Iterator[Batch]) -> Iterator[Batch]:
-  """Makes the next batch in a thread while the device computes."""
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    future = pool.submit(next, batches, None)
-    while (batch := future.result()) is not None:
-      future = pool.submit(next, batches, None)
-      yield batch
 
 
 def _other_params(workdir: str, workload: Workload) -> Any:

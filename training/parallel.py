@@ -66,6 +66,12 @@ class DataParallel:
 
     return jax.tree.map(stack, tree)
 
+  def place(self, tree: Any) -> Any:
+    """Moves arrays with a leading axis of local replicas to their devices."""
+    mesh = jax.sharding.Mesh(np.array(self._devices), (AXIS,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
+    return jax.device_put(tree, sharding)
+
   def first(self, tree: Any) -> Any:
     """The first local replica of a mapped result, in NumPy (keys as typed keys)."""
 

@@ -93,6 +93,11 @@ def describe(summary: dict[str, Any]) -> str:
       f'{100 * summary["best"]["test_accuracy"]:.2f} % in epoch '
       f'{summary["best"]["test_accuracy_epoch"]})',
       f'  generalization gap (test - train loss) {final["generalization_gap"]:.4f}; '
-      f'macro F1 {summary["test_scores"]["macro_f1"]:.4f}',
+      f'macro F1 {summary["test_scores"]["macro_f1"]:.4f}{_waiting(summary)}',
     ]
   )
+
+
+def _waiting(summary: dict[str, Any]) -> str:
+  share = summary.get('input_wait_share')  # Earlier versions did not measure it.
+  return '' if share is None else f'; steps waited for input {100 * share:.2f} %'

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 Batch = dict[str, Any]  # inputs (B, ...), labels int32 (B,), weights float32 (B,)
 
 
@@ -14,12 +16,21 @@ class Batches(Protocol):
 
   def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]: ...
 
+  # Which examples the batches hold, -1 for an empty slot, and the batch of some.
+  def steps(self, epoch: int, start: int = 0) -> Sequence[np.ndarray]: ...
+
+  def collate(self, indices: np.ndarray) -> Batch: ...
+
 
 class Split(Protocol):
   """The training or the test half of a data set."""
 
   @property
   def num_examples(self) -> int: ...
+
+  # Inputs and labels, of which batches are rows; None where they are not.
+  @property
+  def arrays(self) -> Batch | None: ...
 
   def batches(
     self, batch_size: int, *, shards: tuple[int, ...] = (), seed: int | None = None

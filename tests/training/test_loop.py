@@ -36,11 +36,11 @@ class _Killed(Exception):
 
 
 class _Disturbed:
-  """A split that calls a function before it yields the batch of a given number."""
+  """A split that calls a function before it gives the batch of a given number."""
 
   def __init__(self, split, at, action):
     self._split, self._left, self._action = split, at, action
-    self.num_examples = split.num_examples
+    self.num_examples, self.arrays = split.num_examples, split.arrays
 
   def batches(self, *args, seed=None, **kwargs):
     inner = self._split.batches(*args, seed=seed, **kwargs)
@@ -51,12 +51,12 @@ class _Disturbed:
     class Batches:
       steps_per_epoch = inner.steps_per_epoch
 
-      def epoch(self, epoch, start=0):
-        for batch in inner.epoch(epoch, start):
+      def steps(self, epoch, start=0):
+        for indices in inner.steps(epoch, start):
           if outer._left == 0:
-            batch = outer._action(batch) or batch
+            outer._action()
           outer._left -= 1
-          yield batch
+          yield indices
 
     return Batches()
 
@@ -124,7 +124,7 @@ def test_the_logged_loss_is_that_of_the_checkpoint(whole, small):
 
 @pytest.mark.parametrize('at', [0, 1, 3, 4, 8])
 def test_a_killed_run_ends_as_if_never_stopped(whole, small, tmp_path, at):
-  def kill(batch):
+  def kill():
     raise _Killed
 
   workdir = tmp_path / 'run'
@@ -139,7 +139,7 @@ def test_a_killed_run_ends_as_if_never_stopped(whole, small, tmp_path, at):
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_first(whole, small, tmp_path, number):
-  def send(batch):
+  def send():
     os.kill(os.getpid(), number)
 
   config = dataclasses.replace(_CONFIG, checkpoint_every=0)
@@ -156,8 +156,22 @@ def test_a_signal_saves_first(whole, small, tmp_path, number):
   assert _outcome(tmp_path / 'run') == _outcome(whole)
 
 
+def test_streamed_batches_change_no_bit(whole, small, tmp_path):
+  def kill():
+    raise _Killed
+
+  workdir = tmp_path / 'run'
+  with pytest.raises(_Killed):
+    _train(small.workload(_Disturbed(small.split(22), 4, kill)), workdir)
+  config = dataclasses.replace(_CONFIG, device_data_gib=0.0)
+  _train(small.workload(), workdir, config)
+  assert _outcome(workdir) == _outcome(whole)
+  for run in (whole, workdir):
+    assert 0 < summary.read(run)['input_wait_share'] < 1
+
+
 def test_a_damaged_newest_checkpoint_costs_no_bit(whole, small, tmp_path):
-  def kill(batch):
+  def kill():
     raise _Killed
 
   workdir = tmp_path / 'run'
@@ -171,14 +185,15 @@ def test_a_damaged_newest_checkpoint_costs_no_bit(whole, small, tmp_path):
 
 
 def test_a_number_that_is_none_stops_and_keeps_the_last_good(small, tmp_path):
-  def spoil(batch):
-    return {**batch, 'inputs': np.full_like(batch['inputs'], np.nan)}
-
+  train = small.split(22)
+  # An example of the third batch of the first epoch.
+  (example,) = train.batches(8, shards=(1,), seed=0).steps(0)[2][0, :1]
+  train.arrays['inputs'][example] = np.nan
   config = dataclasses.replace(_CONFIG, checkpoint_every=1)
-  with pytest.raises(TrainingDiverged, match='loss of step 5 is nan'):
-    _train(small.workload(_Disturbed(small.split(22), 4, spoil)), tmp_path, config)
+  with pytest.raises(TrainingDiverged, match='loss of step 3 is nan'):
+    _train(small.workload(train), tmp_path, config)
   kept = checkpoints.load(tmp_path)
-  assert kept.position['step'] == 4
+  assert kept.position['step'] == 2
   assert all(np.isfinite(x).all() for x in kept.arrays.values())
   assert not (tmp_path / 'summary.json').exists()
 

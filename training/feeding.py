@@ -1,0 +1,115 @@
+"""Brings batches to the devices, and tells how long steps waited for them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from training.parallel import DataParallel
+from training.workload import Batch, Batches, Split
+
+# Batches that are made ahead of the step that takes them, and the threads for it.
+_AHEAD, _THREADS = 4, 2
+_GIB = 1 << 30
+
+
+def fit(splits: Sequence[Split], limit_gib: float) -> bool:
+  """Whether the arrays of all splits together take at most so many GiB."""
+  arrays = [split.arrays for split in splits]
+  if None in arrays:
+    return False
+  return sum(x.nbytes for x in jax.tree.leaves(arrays)) <= limit_gib * _GIB
+
+
+class Feed:
+  """The batches of one split, on the devices.
+
+  A resident split is copied to every device once, and a batch is made there from the
+  numbers of its examples. Batches of others are made on the host by grain, in threads
+  that run ahead of the steps. Both give the same batches, bit for bit.
+
+  Attributes:
+    split: the split.
+  """
+
+  def __init__(self, split: Split, replicas: DataParallel, *, resident: bool):
+    """Takes a split, and places its arrays on the devices if it is resident."""
+    self.split = split
+    self._replicas = replicas
+    self._arrays = None
+    if resident:
+      self._arrays = replicas.place(replicas.replicate(split.arrays))
+      self._take = replicas.map(_take)
+
+  def epoch(self, batches: Batches, epoch: int, start: int = 0) -> Iterator[Batch]:
+    """Yields this process's shards of an epoch's batches, from step `start` on."""
+    steps = batches.steps(epoch, start)
+    if self._arrays is None:
+      yield from self._stream(batches, steps)
+      return
+    for indices in steps:
+      indices = self._replicas.local(indices.astype(np.int32))
+      yield self._take(self._arrays, self._replicas.place(indices))
+
+  def _stream(self, batches: Batches, steps: Sequence[np.ndarray]) -> Iterator[Batch]:
+    import grain  # Slow to import, and of use to sets that do not fit alone.
+
+    def make(indices):
+      batch = self._replicas.local(batches.collate(indices))
+      return jax.block_until_ready(self._replicas.place(batch))
+
+    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
+    made = iter(grain.MapDataset.source(steps).map(make).to_iter_dataset(options))
+    with contextlib.closing(made):
+      yield from made
+
+
+class Stopwatch:
+  """Sums the time in which devices may have stood idle for want of a batch.
+
+  Attributes:
+    waited: seconds waited for batches.
+    total: seconds of training of which they are a part.
+  """
+
+  def __init__(self, waited: float = 0.0, total: float = 0.0):
+    """Goes on from what was measured before."""
+    self.waited, self.total = waited, total
+
+  def next(self, feed: Iterator[Batch], running: Any) -> Batch | None:
+    """The next batch of a feed, None after the last.
+
+    The time it takes counts, unless the step before is still being computed after it.
+
+    Args:
+      feed: the batches.
+      running: results of the step before; None if there was none.
+    """
+    before = time.monotonic()
+    batch = next(feed, None)
+    if all(x.is_ready() for x in jax.tree.leaves(running)):
+      self.waited += time.monotonic() - before
+    return batch
+
+  @property
+  def share(self) -> float:
+    """Share of the time that was waited, in [0, 1]."""
+    return self.waited / self.total if self.total else 0.0
+
+
+def _take(arrays: Batch, indices: jax.Array) -> Batch:
+  """The batch of the examples `indices`; -1 stands for an empty slot."""
+  real = indices >= 0
+
+  def rows(array):
+    found = array[jnp.maximum(indices, 0)]
+    mask = jnp.reshape(real, real.shape + (1,) * (found.ndim - real.ndim))
+    return jnp.where(mask, found, 0)
+
+  return {**jax.tree.map(rows, arrays), 'weights': real.astype(jnp.float32)}
