@@ -39,9 +39,11 @@ def esam(
 
   ``tx.update`` takes ``grad_fn(params, indices)`` or ``value_and_grad_fn(params,
   indices)``, the gradient of the mean loss over the examples ``indices`` (int32), and
-  ``example_losses_fn(params) -> (B,)``; and, where a batch has padding,
-  ``example_weights`` (B,), whose zeros mark examples that are chosen last. Cost: the
-  clean gradient, a forward pass at w + eps-hat, and a gradient over gamma B examples.
+  ``example_losses_fn(params) -> (B,)``; where the clean pass has the losses at w
+  already, ``example_losses`` (B,), which saves a forward pass; and, where a batch has
+  padding, ``example_weights`` (B,), whose zeros mark examples that are chosen last.
+  Cost: the clean gradient, a forward pass at w + eps-hat, and a gradient over gamma B
+  examples.
 
   Args:
     rho: as in `sam`.
@@ -91,6 +93,7 @@ def esam(
     grad_fn=None,
     value_and_grad_fn=None,
     example_losses_fn=None,
+    example_losses=None,
     example_weights=None,
     **extra_args,
   ):
@@ -107,7 +110,9 @@ def esam(
       jax.tree.map(jnp.multiply, mask, direction), radius / beta
     )
     perturbed = ascent.perturb(params, eps)
-    rise = example_losses_fn(perturbed) - example_losses_fn(params)
+    if example_losses is None:
+      example_losses = example_losses_fn(params)
+    rise = example_losses_fn(perturbed) - example_losses
     if example_weights is not None:
       rise = jnp.where(example_weights > 0, rise, -jnp.inf)
     kept = max(1, int(gamma * rise.shape[0]))

@@ -101,7 +101,8 @@ def make_train_step(
         normalizer=normalizer,
       )
       weight = jnp.sum(shard['weights'])
-      return value, (losses.num_correct(logits, shard), weight, batch_stats)
+      each = losses.smoothed_kl(logits, shard['labels'], config.label_smoothing)
+      return value, (losses.num_correct(logits, shard), weight, batch_stats, each)
 
     def of_group(params, group):
       shard = jax.tree.map(lambda leaf: leaf[group], batch)
@@ -136,10 +137,11 @@ def make_train_step(
     else:
       (value, aux), grads = jax.value_and_grad(clean, has_aux=True)(point)
     extra = {'value_and_grad_fn': value_and_grad_fn, 'value': value, 'phase': phase}
+    correct, weight, batch_stats, each = aux
     if chooses_examples:
       extra['example_losses_fn'] = example_losses
+      extra['example_losses'] = each
       extra['example_weights'] = batch['weights']
-    correct, weight, batch_stats = aux
     batch_stats = _weighted_mean(batch_stats, weight, total)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
     params = optax.apply_updates(state.params, updates)

@@ -377,6 +377,31 @@ def test_esam_agrees_with_straight_line_numpy(x64):
   assert_same(ours(tx, **extra), reference_esam())
 
 
+def test_esam_takes_the_losses_of_the_clean_pass(x64):
+  """Handed over they save a forward pass and change nothing."""
+  params = jax.tree.map(jnp.asarray, START)
+  calls = []
+
+  def losses_fn(p):
+    calls.append(p)
+    return jax_losses(p)
+
+  tx = sam_jax.esam(RHO, 0.6, 0.5, key=KEY)
+  given = [
+    tx.update(
+      jax.grad(jax_loss)(params),
+      tx.init(params),
+      params,
+      grad_fn=jax.grad(jax_loss),
+      example_losses_fn=losses_fn,
+      **extra,
+    )[0]
+    for extra in ({}, {'example_losses': jax_losses(params)})
+  ]
+  assert len(calls) == 3
+  jax.tree.map(np.testing.assert_array_equal, *given)
+
+
 def test_esam_leaves_padding_to_the_last(x64):
   """With weights, padded examples change nothing while enough real ones remain."""
   params = jax.tree.map(jnp.asarray, START)
