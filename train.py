@@ -73,6 +73,7 @@ def main(argv: Sequence[str]) -> None:
     radii,
     flags.seeds,
   )
+  optimizers.refuse_unheeded(overrides, {p.optimizer for p in points.values()})
   if flags['workdir'].present and not flags.workdir:
     raise UsageError('--workdir= is empty: give a folder.')
   if flags.cache:

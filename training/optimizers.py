@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -185,6 +185,48 @@ _OF_METHODS = {
   'perturb_from': 0.0,
   'perturb_until': 0.0,
 }
+_UNIVERSAL = ('trace_sam', 'frob_sam', 'det_sam')
+# The methods that heed a field which others do not.
+_OWNERS = {
+  'adaptive_eta': ('asam',),
+  'adaptive_rule': ('asam',),
+  'num_ascent_steps': ('sam',),
+  'gsam_alpha': ('gsam',),
+  'gsam_rho_min': ('gsam',),
+  'wsam_gamma': ('wsam', 'decoupled_wsam'),
+  'looksam_every': ('looksam',),
+  'looksam_alpha': ('looksam',),
+  'friendly_sigma': ('friendly_sam',),
+  'friendly_decay': ('friendly_sam',),
+  'esam_beta': ('esam',),
+  'esam_gamma': ('esam',),
+  'graphsam_beta': ('graphsam',),
+  'graphsam_gamma': ('graphsam',),
+  'graphsam_epochs': ('graphsam',),
+  'universal_lam': _UNIVERSAL,
+  'num_probes': _UNIVERSAL,
+  'antithetic': _UNIVERSAL,
+  'det_half_width': ('det_sam',),
+}
+
+
+def refuse_unheeded(given: Iterable[str], chosen: set[str]) -> None:
+  """Refuses fields that none of the chosen optimizers heeds.
+
+  Args:
+    given: names of the fields that a user set.
+    chosen: names of the optimizers.
+
+  Raises:
+    UsageError: names the field and whose it is.
+  """
+  for name in given:
+    owners = _OWNERS.get(name)
+    if owners and chosen.isdisjoint(owners):
+      raise UsageError(
+        f'--{name} has no effect with --optimizer={",".join(sorted(chosen))}: it '
+        f'belongs to {", ".join(owners)}.'
+      )
 
 
 def validate(config: Config, num_replicas: int = 1) -> None:

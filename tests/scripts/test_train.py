@@ -42,6 +42,7 @@ def _run(*arguments):
     ('--coordinator=foo', '--coordinator=foo: give host:port'),
     ('--num_processes=2', 'need --coordinator'),
     ('--optimizer=sgd --rho=0.1', 'has no effect with --optimizer=sgd'),
+    ('--optimizer=sam --gsam_alpha=.2', '--gsam_alpha has no effect with'),
     ('--optimizer=foo', '--optimizer=foo: choose one of sam'),
     ('--optimizer=sam,foo', '--optimizer=foo: choose one of sam'),
     ('--base_optimizer=foo --optimizer=sam', '--base_optimizer=foo: choose one'),
