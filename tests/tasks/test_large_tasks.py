@@ -93,7 +93,9 @@ def test_own_images_and_a_smaller_network(folders):
     ('mitbih_attention', 'features=8,head_features=(16,),hidden_features=8'),
   ],
 )
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+  'dtype', ['float32', pytest.param('bfloat16', marks=pytest.mark.slow)]
+)
 def test_a_run_of_each(folders, tmp_path, name, model, dtype):
   config = tasks.resolve(
     name,

@@ -60,7 +60,13 @@ def _data(tree):
 
 @pytest.mark.parametrize(
   ('name', 'num_replicas'),
-  [('sgd', 2), ('sam', 2), ('sam', 4), ('sam, synchronised', 4), ('sam, groups', 2)],
+  [
+    ('sgd', 2),
+    ('sam', 2),
+    pytest.param('sam', 4, marks=pytest.mark.slow),
+    ('sam, synchronised', 4),
+    ('sam, groups', 2),
+  ],
 )
 def test_several_devices_equal_one_with_the_same_shards(name, num_replicas, small, x64):
   config = _config(**_CONFIGS[name])
