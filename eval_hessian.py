@@ -7,9 +7,11 @@
 Each --workdir is that of a train.py run; its newest checkpoint is measured. Its folder
 hessian/ gets summary.json (the extreme eigenvalues of the Hessian of the training loss
 with their residuals, trace, adaptive sharpness), spectrum.npz, spectral_density.png,
-landscape.npz and landscape.png. With several runs --out gets comparison.md and figures
-side by side; runs that differ in their seed only are averaged. What was measured before
-with the same flags is not measured again.
+landscape.npz, landscape.png and report.html, which holds all of it in one file. With
+several runs --out gets comparison.md, report.html and figures side by side; runs that
+differ in their seed only are averaged. --steps measures several checkpoints of each run
+instead: its sharpness over training. What was measured before with the same flags is
+not measured again, and a measurement that was killed goes on where it stood.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from collections.abc import Sequence
 
 import tasks
 from input_pipelines import DataError
-from training import cli, comparison, parallel, sharpness
+from training import checkpoints, cli, comparison, over_training, parallel, sharpness
 from training import config as config_lib
 from training.errors import UsageError
 
@@ -32,6 +34,9 @@ def _define_flags() -> cli.Flags:
   flags.heading('What to measure')
   flags.define('workdir', 'list', 'folders of train.py runs; * and ? match several')
   flags.define('out', 'str', 'folder of the comparison', 'runs/compare')
+  flags.define(
+    'steps', 'list', 'these checkpoints of each run, or all; else the newest'
+  )
   flags.heading('How')
   for field in dataclasses.fields(sharpness.Options):
     flags.define(field.name, str(field.type), field.metadata['help'], field.default)
@@ -62,6 +67,46 @@ def _workdirs(patterns: Sequence[str] | None) -> list[pathlib.Path]:
   return list(found)
 
 
+def _steps(values: Sequence[str] | None, workdir: pathlib.Path) -> list[int] | None:
+  """The checkpoints that --steps names, None if it is unset."""
+  if values is None:
+    return None
+  if list(values) == ['all']:
+    return checkpoints.steps(workdir)
+  try:
+    return sorted({int(value) for value in values})
+  except ValueError:
+    raise UsageError(
+      f'--steps={",".join(values)}: give numbers of steps, as 100,200, or all.'
+    ) from None
+
+
+def _measure_newest(runs, options) -> list[comparison.Run]:
+  """Measures the newest checkpoint of each (workdir, config)."""
+  measured = []
+  for number, (workdir, config) in enumerate(runs, 1):
+    print(f'[{number}/{len(runs)}] {workdir}', flush=True)
+    network = sharpness.restore(workdir, config, tasks.build)
+    summary = sharpness.measure(network, workdir / sharpness.FOLDER, options)
+    print(sharpness.describe(summary))
+    measured.append(comparison.Run(workdir, config, summary))
+    comparison.write_single(measured[-1])
+  return measured
+
+
+def _measure_steps(workdir, config, options, steps) -> None:
+  """Measures several checkpoints of one run and draws them by step."""
+  summaries = []
+  for step in steps:
+    print(f'{workdir}, step {step}', flush=True)
+    network = sharpness.restore(workdir, config, tasks.build, step)
+    folder = over_training.folder(workdir, step)
+    summaries.append(sharpness.measure(network, folder, options))
+  title = f'{config.task}: {sharpness.label(config)}, seed {config.seed}'
+  print(f'\n{over_training.write(workdir, summaries, title)}')
+  print(f'\n{workdir / sharpness.FOLDER}/')
+
+
 def main(argv: Sequence[str]) -> None:
   """Measures what the flags say."""
   flags = _define_flags().parse(argv, __doc__)
@@ -84,16 +129,16 @@ def main(argv: Sequence[str]) -> None:
   ]
   if flags.cache:
     parallel.enable_compilation_cache()
-  runs = []
-  for number, (workdir, config) in enumerate(zip(workdirs, configs, strict=True), 1):
-    print(f'[{number}/{len(workdirs)}] {workdir}', flush=True)
-    network = sharpness.restore(workdir, config, tasks.build)
-    summary = sharpness.measure(network, workdir, options)
-    print(sharpness.describe(summary))
-    runs.append(comparison.Run(workdir, config, summary))
-  if len(runs) > 1:
+  runs = list(zip(workdirs, configs, strict=True))
+  steps = [_steps(flags.steps, workdir) for workdir in workdirs]
+  if flags.steps is not None:
+    for (workdir, config), chosen in zip(runs, steps, strict=True):
+      _measure_steps(workdir, config, options, chosen)
+    return
+  measured = _measure_newest(runs, options)
+  if len(measured) > 1:
     out = pathlib.Path(flags.out)
-    print(f'\n{comparison.write(runs, out)}\n\n{out}/')
+    print(f'\n{comparison.write(measured, out)}\n\n{out}/')
 
 
 if __name__ == '__main__':

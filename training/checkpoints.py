@@ -1,4 +1,4 @@
-"""Checkpoints: orbax files with their digests, the newest two of a run."""
+"""Checkpoints: orbax files with their digests, the newest ones of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from training.workload import Workload
 FOLDER = 'checkpoints'
 _DAMAGED = 'damaged_checkpoints'
 _DIGESTS = 'digests.json'
-_KEEP = 2
 
 
 class Checkpoint(NamedTuple):
@@ -42,9 +41,10 @@ class Checkpoint(NamedTuple):
 class Checkpoints:
   """The checkpoints of one workdir, written by one process."""
 
-  def __init__(self, workdir: pathlib.Path):
-    """Opens the folder, or makes it."""
+  def __init__(self, workdir: pathlib.Path, keep: int = 2):
+    """Opens the folder, or makes it, and keeps the newest so many; 0 keeps all."""
     self._folder = (workdir / FOLDER).absolute()
+    self._keep = keep or None
     self._folder.mkdir(exist_ok=True)
     self._manager = self._open()
 
@@ -54,7 +54,7 @@ class Checkpoints:
       primary_host=jax.process_index(), active_processes={jax.process_index()}
     )
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=_KEEP,
+      max_to_keep=self._keep,
       create=False,
       enable_async_checkpointing=False,
       cleanup_tmp_directories=True,
@@ -115,34 +115,46 @@ class Checkpoints:
     self._manager.close()
 
 
-def load(workdir: pathlib.Path) -> Checkpoint:
-  """Reads the newest undamaged checkpoint of a run and changes nothing.
+def steps(workdir: pathlib.Path) -> list[int]:
+  """The steps of the checkpoints that a run has, ascending; reads none of them."""
+  folder = workdir / FOLDER
+  if not folder.is_dir():
+    return []
+  return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def load(workdir: pathlib.Path, step: int | None = None) -> Checkpoint:
+  """Reads a checkpoint of a run, None the newest undamaged one; changes nothing.
 
   Raises:
     UsageError: there is none.
   """
-  folder = (workdir / FOLDER).absolute()
-  steps = []
-  if folder.is_dir():
-    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
-  if not steps:
+  found = steps(workdir)
+  if not found:
     raise UsageError(
       f'{workdir} has no checkpoint yet: run train.py --workdir={workdir} first.'
     )
+  if step is not None and step not in found:
+    raise UsageError(
+      f'{workdir} has no checkpoint of step {step}: it has '
+      f'{", ".join(map(str, found))}; train.py --keep_checkpoints=0 keeps them all.'
+    )
+  folder = (workdir / FOLDER).absolute()
   _quiet_orbax()
   options = ocp.CheckpointManagerOptions(read_only=True)
-  for step in reversed(steps):
+  for number in reversed(found) if step is None else [step]:
     with contextlib.closing(ocp.CheckpointManager(folder, options=options)) as manager:
       try:
-        return _read(manager, folder, step)
+        return _read(manager, folder, number)
       except Exception as error:  # as above
         warnings.warn(
-          f'the checkpoint of step {step} in {folder} is damaged ({_brief(error)}): '
-          'the one before is read.',
+          f'the checkpoint of step {number} in {folder} is damaged '
+          f'({_brief(error)}): the one before is read.',
           stacklevel=2,
         )
+  which = 'every checkpoint' if step is None else f'the checkpoint of step {step}'
   raise UsageError(
-    f'every checkpoint in {folder} is damaged: train again into another --workdir.'
+    f'{which} in {folder} is damaged: train again into another --workdir.'
   )
 
 

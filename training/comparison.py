@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 from sam_jax import landscape, plotting
 from training import config as config_lib
-from training import sharpness
+from training import report, sharpness
 from training.config import Config
+from training.report import Section
 
 TABLE, RESULTS = 'comparison.md', 'comparison.json'
+SURFACE_FIGURE = 'landscape_surface.png'
 
 
 class Run(NamedTuple):
@@ -43,11 +45,13 @@ _COLUMNS = (
   _Column('lambda_min', ('lambda_min',)),
   _Column('ratio', ('lambda_max_over_abs_lambda_min',)),
   _Column('adaptive', ('adaptive_sharpness',)),
+  _Column('worst case', ('worst_case_sharpness',)),
+  _Column('average case', ('average_case_sharpness',)),
 )
 
 
 def write(runs: list[Run], out: pathlib.Path) -> str:
-  """Writes `comparison.md`, `comparison.json` and the side-by-side figures.
+  """Writes the comparison as Markdown, JSON and HTML, with side-by-side figures.
 
   Args:
     runs: measured runs; those that differ by their seed only are averaged.
@@ -58,19 +62,8 @@ def write(runs: list[Run], out: pathlib.Path) -> str:
   """
   out.mkdir(parents=True, exist_ok=True)
   groups = _groups(runs)
-  table = _table(groups)
-  parts = [
-    '# Comparison',
-    table,
-    _reading(groups),
-    '## How sure each run is',
-    _certainty(runs),
-    _CERTAINTY_NOTE,
-    '## Single batches',
-    _single_batches(runs),
-    _SINGLE_NOTE,
-  ]
-  (out / TABLE).write_text('\n\n'.join(parts) + '\n')
+  sections = _sections(groups, runs)
+  (out / TABLE).write_text(report.markdown('Comparison', sections))
   config_lib.write_json(
     out / RESULTS,
     {
@@ -78,8 +71,32 @@ def write(runs: list[Run], out: pathlib.Path) -> str:
       for name, members in groups.items()
     },
   )
-  _figures(groups, out)
-  return table
+  figures = _figures(groups, out)
+  (out / report.FILE_NAME).write_text(report.html('Comparison', sections, figures))
+  return report.markdown_table(sections[0].rows)
+
+
+def write_single(run: Run) -> None:
+  """Writes `report.html` of one run, with all its figures."""
+  folder = run.workdir / sharpness.FOLDER
+  figures = {name: folder / name for name in sharpness.FIGURES}
+  title = f'{run.config.task}: {sharpness.label(run.config)}, seed {run.config.seed}'
+  text = report.html(title, _sections({title: [run]}, [run]), figures)
+  (folder / report.FILE_NAME).write_text(text)
+
+
+def _sections(groups: dict[str, list[Run]], runs: list[Run]) -> list[Section]:
+  sections = [
+    Section('', _table(groups), _reading(groups)),
+    Section('How sure each run is', _certainty(runs), _CERTAINTY_NOTE),
+    Section('Single batches', _single_batches(runs), _SINGLE_NOTE),
+  ]
+  layers = [
+    Section(f'Layers of {name}', _layers(run.summary['layers']), _LAYERS_NOTE)
+    for name, run in zip(_short_names([r.workdir for r in runs]), runs, strict=True)
+    if run.summary['layers']
+  ]
+  return sections + layers
 
 
 def _groups(runs: list[Run]) -> dict[str, list[Run]]:
@@ -92,17 +109,10 @@ def _groups(runs: list[Run]) -> dict[str, list[Run]]:
       if field.metadata['may_change'] or field.name == 'seed'
     }
     found.setdefault(dataclasses.replace(run.config, **neutral), []).append(run)
-  labels = [_label(config) for config in found]
+  labels = [sharpness.label(config) for config in found]
   if len(set(labels)) < len(labels):
     labels = _short_names([members[0].workdir for members in found.values()])
   return dict(zip(labels, found.values(), strict=True))
-
-
-def _label(config: Config) -> str:
-  radius = '' if config.rho is None else f', rho {config.rho:g}'
-  base = config.base_optimizer
-  over = f' over {base}' if base and base != config.optimizer else ''
-  return f'{config.optimizer}{over}{radius}'
 
 
 def _short_names(workdirs: list[pathlib.Path]) -> list[str]:
@@ -114,12 +124,17 @@ def _short_names(workdirs: list[pathlib.Path]) -> list[str]:
   return [os.path.relpath(path, shared) for path in paths]
 
 
-def _table(groups: dict[str, list[Run]]) -> str:
-  rows = [['run', *(column.heading for column in _COLUMNS)]]
+def _table(groups: dict[str, list[Run]]) -> report.Rows:
+  columns = [
+    column
+    for column in _COLUMNS
+    if any(_get(r.summary, column.path) is not None for g in groups.values() for r in g)
+  ]
+  rows = [['run', *(column.heading for column in columns)]]
   for name, members in groups.items():
     seeds = f' ({len(members)} seeds)' if len(members) > 1 else ''
-    rows.append([name + seeds, *(_cell(members, column) for column in _COLUMNS)])
-  return _markdown(rows)
+    rows.append([name + seeds, *(_cell(members, column) for column in columns)])
+  return rows
 
 
 def _cell(members: list[Run], column: _Column) -> str:
@@ -171,13 +186,31 @@ def _reading(groups: dict[str, list[Run]]) -> str:
     'the highest precision. lambda_max and lambda_min are its largest and its '
     'algebraically smallest eigenvalue, ratio is lambda_max / |lambda_min|. adaptive '
     'is the largest eigenvalue of T H T with T = |w|, which does not change when '
-    f'layers are rescaled without changing the function. {seeds}For a single run, ± is '
-    'the standard error over examples (for eigenvalues a bootstrap with the '
-    'eigenvectors held fixed).'
+    f'layers are rescaled without changing the function. {_ball(summary)}{seeds}For a '
+    'single run, ± is the standard error over examples (for eigenvalues a bootstrap '
+    'with the eigenvectors held fixed).'
   )
 
 
-def _certainty(runs: list[Run]) -> str:
+def _ball(summary: dict[str, Any]) -> str:
+  """What worst and average case are, where they were measured."""
+  options, text = summary['options'], ''
+  unit = ' in units of |w|' if options['adaptive_ball'] else ''
+  if summary['worst_case_sharpness'] is not None:
+    text += (
+      'worst case is the largest rise of the loss within '
+      f'{options["worst_case_norm"]} distance {options["worst_case_rho"]:g}{unit}, for '
+      f'groups of {options["worst_case_group"]} examples (± over groups). '
+    )
+  if summary['average_case_sharpness'] is not None:
+    text += (
+      'average case is its mean rise under Gaussian noise of standard deviation '
+      f'{options["average_case_sigma"]:g}{unit} (± over draws). '
+    )
+  return text
+
+
+def _certainty(runs: list[Run]) -> report.Rows:
   rows = [
     [
       'run',
@@ -210,7 +243,7 @@ def _certainty(runs: list[Run]) -> str:
         f'{s["seconds"]:.1f}',
       ]
     )
-  return _markdown(rows)
+  return rows
 
 
 _CERTAINTY_NOTE = (
@@ -219,7 +252,7 @@ _CERTAINTY_NOTE = (
 )
 
 
-def _single_batches(runs: list[Run]) -> str:
+def _single_batches(runs: list[Run]) -> report.Rows:
   rows = [['run', 'examples', 'batches', 'lambda_max', 'lambda_min', 'ratio']]
   for name, run in zip(_short_names([r.workdir for r in runs]), runs, strict=True):
     one = run.summary['one_batch']
@@ -232,7 +265,7 @@ def _single_batches(runs: list[Run]) -> str:
       ratio = f'{_number(one["ratio_median"])} ({_number(low)} to {_number(high)})'
       rows.append([name, str(one['batch_size']), str(one['num_batches'])])
       rows[-1] += [*cells, ratio]
-  return _markdown(rows) if rows[1:] else 'Not measured.'
+  return rows
 
 
 _SINGLE_NOTE = (
@@ -247,28 +280,52 @@ def _number(value: float | None) -> str:
   return '-' if value is None else f'{value:.4g}'
 
 
-def _markdown(rows: list[list[str]]) -> str:
-  """A Markdown table, aligned to be read as plain text too."""
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = [
-    '| ' + ' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + ' |'
-    for row in rows
-  ]
-  lines.insert(1, '| ' + ' | '.join('-' * width for width in widths) + ' |')
-  return '\n'.join(lines)
+def _layers(layers: list[dict[str, Any]]) -> report.Rows:
+  rows = [['layer', 'parameters', 'trace', 'lambda_max', 'residual']]
+  for layer in layers:
+    trace = f'{layer["trace"]:.4g} ± {layer["trace_standard_error"]:.2g}'
+    rows.append(
+      [
+        layer['layer'],
+        f'{layer["num_parameters"]:,}',
+        trace,
+        f'{layer["lambda_max"]:.5g}',
+        f'{layer["lambda_max_residual"]:.1e}',
+      ]
+    )
+  return rows
 
 
-def _figures(groups: dict[str, list[Run]], out: pathlib.Path) -> None:
-  """The first run of each group, side by side on shared axes."""
-  first = {name: members[0].workdir for name, members in groups.items()}
-  densities = {name: sharpness.read_density(path) for name, path in first.items()}
-  plotting.spectral_density(densities).savefig(out / sharpness.DENSITY_FIGURE)
-  paths = {
-    name: path / sharpness.FOLDER / sharpness.LANDSCAPE for name, path in first.items()
+_LAYERS_NOTE = (
+  'Each layer by itself: the block of the operator that belongs to its parameters. '
+  'The traces add up to that of the whole; no lambda_max exceeds the whole one.'
+)
+
+
+def _figures(
+  groups: dict[str, list[Run]], out: pathlib.Path
+) -> dict[str, pathlib.Path]:
+  """Draws the first run of each group side by side on shared axes; the files."""
+  first = {
+    name: members[0].workdir / sharpness.FOLDER for name, members in groups.items()
   }
-  if not all(path.exists() for path in paths.values()):
-    return
-  surfaces = {name: landscape.load(path) for name, path in paths.items()}
-  plotting.landscape(surfaces).savefig(out / sharpness.LANDSCAPE_FIGURE)
-  figure = plotting.landscape(surfaces, 'surface')
-  figure.savefig(out / 'landscape_surface.png')
+  densities = {
+    name: sharpness.read_density(folder / sharpness.SPECTRUM)
+    for name, folder in first.items()
+  }
+  drawn = {sharpness.DENSITY_FIGURE: plotting.spectral_density(densities)}
+  for source, names in (
+    (
+      sharpness.LANDSCAPE,
+      {sharpness.LANDSCAPE_FIGURE: 'contour', SURFACE_FIGURE: 'surface'},
+    ),
+    (sharpness.EIGEN_RATIO, {sharpness.EIGEN_RATIO_FIGURE: 'heatmap'}),
+  ):
+    paths = {name: folder / source for name, folder in first.items()}
+    if all(path.exists() for path in paths.values()):
+      surfaces = {name: landscape.load(path) for name, path in paths.items()}
+      for figure_name, kind in names.items():
+        drawn[figure_name] = plotting.landscape(surfaces, kind)
+  for name, figure in drawn.items():
+    figure.savefig(out / name)
+  return {name: out / name for name in drawn}

@@ -110,6 +110,9 @@ class Config:
     'steps between checkpoints; 0: each epoch, less often where epochs are short',
     may_change=True,
   )
+  keep_checkpoints: int = _field(
+    2, 'newest checkpoints that are kept; 0: all', may_change=True
+  )
 
 
 def validate(config: Config) -> None:
@@ -143,6 +146,7 @@ def validate(config: Config) -> None:
     'split_seed',
     'log_every',
     'checkpoint_every',
+    'keep_checkpoints',
     'num_probes',
     'perturb_from',
     'perturb_until',

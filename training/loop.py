@@ -121,7 +121,7 @@ class _Run:
     self._checkpoints = self._lock = None
     if parallel.is_primary():
       self._lock = config_lib.claim(config, workdir)
-      self._checkpoints = checkpoints.Checkpoints(workdir)
+      self._checkpoints = checkpoints.Checkpoints(workdir, config.keep_checkpoints)
     self._restore(state)
     self._metrics = None
     self._progress = None

@@ -1,17 +1,22 @@
 """The command line of eval_hessian.py, on runs of train.py."""
 
 import dataclasses
+import html.parser
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import eval_hessian
+import sam_jax
 import tasks
 import train
 from input_pipelines import DataError
-from training import cli, sharpness, summary
+from sam_jax import landscape
+from training import cli, losses, sharpness, summary
 from training import config as config_lib
 from training.errors import UsageError
 
@@ -24,6 +29,8 @@ _FAST = (
   '--landscape_points=3',
   '--one_batch_repeats=2',
   '--num_examples=200',
+  '--worst_case_steps=2',
+  '--average_case_samples=2',
 )
 
 
@@ -43,6 +50,7 @@ def runs(tmp_path_factory):
     'sgd_0': ['--optimizer=sgd'],
     'sgd_1': ['--optimizer=sgd', '--seed=1'],
     'sam': ['--optimizer=sam'],
+    'adam': ['--optimizer=adam', '--keep_checkpoints=0', '--checkpoint_every=20'],
   }.items():
     code = cli.run(
       train.main,
@@ -77,6 +85,7 @@ def test_several_runs_are_compared_and_seeds_averaged(runs, tmp_path, capsys):
   assert names == {
     'comparison.md',
     'comparison.json',
+    'report.html',
     'spectral_density.png',
     'landscape.png',
     'landscape_surface.png',
@@ -85,6 +94,108 @@ def test_several_runs_are_compared_and_seeds_averaged(runs, tmp_path, capsys):
   values = [s['lambda_max'] for s in results['sgd'].values()]
   assert len(values) == 2
   assert f'{np.mean(values):.2f}'[:3] in table
+
+
+def test_a_report_needs_no_other_file(runs):
+  assert _run(f'--workdir={runs / "sam"}', *_FAST) == 0
+  page = (runs / 'sam/hessian/report.html').read_text()
+  assert page.count('src="data:image/png;base64,') == 2
+  assert page.count('src=') == 2 and 'href=' not in page
+  found = json.loads((runs / 'sam/hessian/summary.json').read_text())
+  assert f'{found["lambda_max"]:.6g}' in page
+  parser = _Balanced()
+  parser.feed(page)
+  assert parser.open == []
+
+
+class _Balanced(html.parser.HTMLParser):
+  """Checks that every element that is opened is closed."""
+
+  def __init__(self):
+    super().__init__()
+    self.open = []
+
+  def handle_starttag(self, tag, attrs):
+    if tag not in ('meta', 'img'):
+      self.open.append(tag)
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+
+def test_several_steps_of_one_run(runs, capsys):
+  flags = [*_FAST, '--landscape_points=0', '--one_batch_repeats=0']
+  assert _run(f'--workdir={runs / "adam"}', '--steps=20,40', *flags) == 0
+  table = capsys.readouterr().out
+  entries = json.loads((runs / 'adam/hessian/over_training.json').read_text())
+  assert [entry['step'] for entry in entries] == [20, 40]
+  assert (runs / 'adam/hessian/over_training.png').exists()
+  for entry in entries:
+    assert f'{entry["lambda_max"]:.5g}' in table
+    step = json.loads(
+      (runs / f'adam/hessian/step_{entry["step"]:08d}/summary.json').read_text()
+    )
+    assert step['step'] == entry['step'] and step['lambda_max'] == entry['lambda_max']
+  assert _run(f'--workdir={runs / "adam"}', '--steps=7') == 2
+  assert 'has no checkpoint of step 7: it has 20, 40' in capsys.readouterr().err
+
+
+def test_the_landscape_along_a_trajectory(runs):
+  flags = [*_FAST, '--landscape_directions=trajectory', '--vtk']
+  assert _run(f'--workdir={runs / "adam"}', *flags) == 0
+  drawn = landscape.load(runs / 'adam/hessian/landscape.npz')
+  np.testing.assert_allclose(drawn.path[-1], 0, atol=1e-12)
+  assert len(drawn.path) >= 3 and 0 < sum(drawn.explained) <= 1 + 1e-12
+  assert (runs / 'adam/hessian/landscape.vtk').exists()
+
+
+def test_the_line_to_another_run(runs):
+  flags = [*_FAST, f'--landscape_towards={runs / "sgd_1"}']
+  assert _run(f'--workdir={runs / "sgd_0"}', *flags) == 0
+  line = landscape.load(runs / 'sgd_0/hessian/line.npz')
+  other = json.loads((runs / 'sgd_1/hessian/summary.json').read_text())
+  at_other = line.loss[np.argmin(np.abs(line.x - 1))]
+  # 200 examples here, all of them there.
+  assert at_other == pytest.approx(other['evaluation']['train_loss'], rel=0.3)
+  found = json.loads((runs / 'sgd_0/hessian/summary.json').read_text())
+  assert found['line']['barrier'] > 0
+
+
+def test_adams_preconditioner_is_that_of_its_checkpoint(runs):
+  flags = [*_FAST, '--preconditioner=adam', '--landscape_points=0']
+  assert _run(f'--workdir={runs / "adam"}', *flags) == 0
+  found = json.loads((runs / 'adam/hessian/summary.json').read_text())
+  config = config_lib.load(runs / 'adam')
+  network = sharpness.restore(runs / 'adam', config, tasks.build)
+  arrays = {k.split('nu/')[1]: v for k, v in network.arrays.items() if '/nu/' in k}
+  count = network.step
+  batch = next(network.workload.train.batches(10**6, seed=0).epoch(0))
+  chosen = {name: leaf[:200] for name, leaf in batch.items()}
+  loss = losses.mean_loss(network.workload.model, config, network.batch_stats)
+
+  def scale(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    second = np.sqrt(arrays[name] / (1 - 0.999**count)) + 1e-8
+    return (1 - 0.9**count) ** -0.5 * second**-0.5
+
+  scales = jax.tree_util.tree_map_with_path(scale, network.params)
+  product = jax.jit(
+    lambda v: jax.tree.map(
+      jnp.multiply,
+      scales,
+      sam_jax.hvp(
+        lambda p: loss(p, chosen),
+        network.params,
+        jax.tree.map(jnp.multiply, scales, v),
+      ),
+    )
+  )
+  vector = jax.tree.map(jnp.ones_like, network.params)
+  for _ in range(300):
+    image = product(vector)
+    norm = np.sqrt(sum(float(jnp.vdot(x, x)) for x in jax.tree.leaves(image)))
+    vector = jax.tree.map(lambda x, n=norm: x / n, image)
+  assert found['lambda_max'] == pytest.approx(norm, rel=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -126,4 +237,4 @@ def test_help_names_every_flag(capsys):
   assert stop.value.code == 0
   text = capsys.readouterr().out
   for field in dataclasses.fields(sharpness.Options):
-    assert f'--{field.name}=' in text
+    assert f'{field.name}' in text

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +31,15 @@ def network(small):
   workload = small.workload()
   variables = workload.model.init(jax.random.key(0), workload.example_inputs)
   stats = jax.tree.map(lambda x: x + 0.3, variables['batch_stats'])
-  return sharpness.Network(_CONFIG, workload, variables['params'], stats, 7)
+  return sharpness.Network(
+    _CONFIG, workload, variables['params'], stats, 7, {}, pathlib.Path('run')
+  )
 
 
 @pytest.fixture(scope='module')
 def measured(network, tmp_path_factory):
-  workdir = tmp_path_factory.mktemp('run')
-  return workdir, sharpness.measure(network, workdir, _OPTIONS)
+  folder = tmp_path_factory.mktemp('run') / 'hessian'
+  return folder, sharpness.measure(network, folder, _OPTIONS)
 
 
 def _whole(network):
@@ -64,7 +67,7 @@ def test_eigenvalues_equal_the_dense_ones(network, measured, x64):
   hessians, flat = _example_hessians(network)
   dense = hessians.mean(0)
   values = np.linalg.eigvalsh(dense)
-  workdir, summary = measured
+  folder, summary = measured
   atol = 1e-6 * np.abs(values).max()
   top = [entry['eigenvalue'] for entry in summary['top']]
   bottom = [entry['eigenvalue'] for entry in summary['bottom']]
@@ -80,7 +83,7 @@ def test_eigenvalues_equal_the_dense_ones(network, measured, x64):
   assert summary['adaptive_sharpness'] == pytest.approx(adaptive[-1], rel=1e-6)
   error = summary['trace_standard_error']
   assert abs(summary['trace'] - np.trace(dense)) < 4 * error
-  assert json.loads((workdir / 'hessian/summary.json').read_text()) == summary
+  assert json.loads((folder / 'summary.json').read_text()) == summary
 
 
 def test_the_bootstrap_spreads_as_the_curvature_of_examples(network, measured, x64):
@@ -137,8 +140,8 @@ def test_evaluation_has_standard_errors(network, measured):
 
 
 def test_files_are_whole_and_what_was_measured_is_read(network, measured):
-  workdir, summary = measured
-  names = {path.name for path in (workdir / 'hessian').iterdir()}
+  folder, summary = measured
+  names = {path.name for path in folder.iterdir()}
   assert names == {
     'summary.json',
     'spectrum.npz',
@@ -146,10 +149,10 @@ def test_files_are_whole_and_what_was_measured_is_read(network, measured):
     'landscape.npz',
     'landscape.png',
   }
-  before = (workdir / 'hessian/spectrum.npz').stat().st_mtime_ns
-  assert sharpness.measure(network, workdir, _OPTIONS) == summary
-  assert (workdir / 'hessian/spectrum.npz').stat().st_mtime_ns == before
-  density = sharpness.read_density(workdir)
+  before = (folder / 'spectrum.npz').stat().st_mtime_ns
+  assert sharpness.measure(network, folder, _OPTIONS) == summary
+  assert (folder / 'spectrum.npz').stat().st_mtime_ns == before
+  density = sharpness.read_density(folder / 'spectrum.npz')
   assert density.size == summary['num_parameters'] == 91
   np.testing.assert_allclose(density.weights.sum(1), 1 - 10 / 91)
 
@@ -177,4 +180,4 @@ def test_what_cannot_be_measured_is_one_sentence(network, tmp_path):
   for change, words in (({'top_k': 92}, 'k=92'), ({'max_basis_gib': 1e-6}, 'GiB')):
     with pytest.raises(training.UsageError, match=words):
       sharpness.measure(network, tmp_path, dataclasses.replace(_OPTIONS, **change))
-  assert not (tmp_path / 'hessian/summary.json').exists()
+  assert not (tmp_path / 'summary.json').exists()
