@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 FILE_NAME = 'report.html'
 Rows = list[list[str]]  # the headings first
+_WIDEST = 6  # columns of a table with a single row
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto;
        padding: 0 1rem; color: #1b1b1b; background: #fff; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-div.table { overflow-x: auto; }
+div.table { overflow-x: auto; width: max-content; max-width: calc(100vw - 3rem); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .8rem; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
@@ -86,6 +87,9 @@ def html(title: str, sections: list[Section], figures: dict[str, pathlib.Path]) 
 def _html_table(rows: Rows) -> str:
   if not rows[1:]:
     return '<p>Not measured.</p>'
+  if len(rows) == 2 and len(rows[0]) > _WIDEST:
+    # A single run stands upright, a quantity a line.
+    rows = [[name, value] for name, value in zip(*rows, strict=True)]
   lines = [
     '<tr>'
     + ''.join(f'<{tag}>{html_lib.escape(cell)}</{tag}>' for cell in row)

@@ -104,7 +104,7 @@ class Drawer:
       np.linspace(-0.5, 1.5, _LINE_POINTS),
       self.objective.batches,
       weight=losses.num_examples,
-      label=f'0: {title(self.network)}, 1: {_name(config_lib.load(other))}',
+      label=f'{_name(self.network.config)} at 0, {_name(config_lib.load(other))} at 1',
       record=self.parts.record('line'),
       progress=self._show('line'),
     )
@@ -189,8 +189,9 @@ class Plane:
 
 def title(measured: Network) -> str:
   """What a figure of a network is headed with."""
-  return f'{_name(measured.config)}, step {measured.step:,}'
+  config = measured.config
+  return f'{config.task}: {_name(config)}, step {measured.step:,}'
 
 
 def _name(config: Config) -> str:
-  return f'{config.task}: {label(config)}, seed {config.seed}'
+  return f'{label(config)}, seed {config.seed}'
