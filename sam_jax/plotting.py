@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from sam_jax.curvature import density as density_lib
-from sam_jax.landscape import Landscape
+from sam_jax.landscape import EIGEN_RATIO, Landscape
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -82,7 +82,12 @@ def landscape(
   *,
   title: str = '',
 ) -> Figure:
-  """The loss along one or two directions.
+  """The loss, or what else a landscape holds, along one or two directions.
+
+  A trajectory on a surface is drawn over it, its start as a square and its end as a
+  star; the axes tell how much of its variance they explain. A loss that is not finite
+  is drawn as very high. Maps of eigenvalue ratios run from 0 to the largest ratio, or
+  to 1 if that is more; where a ratio is not known they are left free.
 
   Args:
     result: a landscape, or several by name: surfaces stand side by side with shared
@@ -94,12 +99,22 @@ def landscape(
     The figure.
 
   Raises:
-    ValueError: an unknown kind, or lines mixed with surfaces.
+    ValueError: an unknown kind, or lines mixed with surfaces, or values of two sorts.
+
+  >>> import numpy as np
+  >>> from sam_jax.landscape import EIGEN_RATIO, Landscape
+  >>> x = np.linspace(-1, 1, 5)
+  >>> figure = landscape(Landscape(x, x, x[:, None] ** 2 + x ** 2), 'heatmap')
+  >>> [ax.get_xlabel() for ax in figure.axes]
+  ['direction 1', '']
   """
   panels = result if isinstance(result, Mapping) else {'': result}
   lines = [item.y is None for item in panels.values()]
   if any(lines) and not all(lines):
     raise ValueError('result mixes lines and surfaces: draw them apart')
+  values = {item.value for item in panels.values()}
+  if len(values) > 1:
+    raise ValueError(f'result mixes {sorted(values)}: draw them apart')
   if kind not in _PAINTERS:
     raise ValueError(f'kind={kind!r}: give one of {sorted(_PAINTERS)}')
   figure = _lines(panels) if all(lines) else _surfaces(panels, kind)
@@ -125,7 +140,7 @@ def _lines(panels: Mapping[str, Landscape]) -> Figure:
       linestyle=_STYLES[index % len(_STYLES)],
     )
   ax.set_xlabel(item.labels[0])
-  ax.set_ylabel('loss')
+  ax.set_ylabel(_value_label(item))
   if len(panels) > 1:
     ax.legend(frameon=False)
   return figure
@@ -134,7 +149,7 @@ def _lines(panels: Mapping[str, Landscape]) -> Figure:
 def _surfaces(panels: Mapping[str, Landscape], kind: Kind) -> Figure:
   perspective = {'projection': '3d'} if kind == 'surface' else {}
   width = 4.4 if kind == 'surface' else 4.0
-  figure = _figure(1.6 + width * len(panels), 4.2)
+  figure = _figure(1.6 + width * len(panels), _height_of(panels, kind))
   levels = _levels(panels)
   axes = []
   for index, (name, item) in enumerate(panels.items()):
@@ -142,14 +157,15 @@ def _surfaces(panels: Mapping[str, Landscape], kind: Kind) -> Figure:
     ax = figure.add_subplot(1, len(panels), index + 1, **perspective, **shared)
     drawn = _PAINTERS[kind](ax, item, levels)
     ax.set_title(name)
-    ax.set_xlabel(item.labels[0])
-    ax.set_ylabel(item.labels[1])
+    style = {'labelpad': 6, 'fontsize': 9} if perspective else {}
+    ax.set_xlabel(_axis_label(item, 0, kind), **style)
+    ax.set_ylabel(_axis_label(item, 1, kind), **style)
     axes.append(ax)
   ticks = {} if perspective else {'ticks': levels[::2]}
   figure.colorbar(
     drawn,
     ax=axes,
-    label='loss',
+    label=_value_label(item),
     shrink=0.75,
     format='%.3g',
     pad=0.1 if perspective else 0.02,
@@ -158,50 +174,138 @@ def _surfaces(panels: Mapping[str, Landscape], kind: Kind) -> Figure:
   return figure
 
 
+def _height_of(panels: Mapping[str, Landscape], kind: Kind) -> float:
+  """Height of a figure in inches: flat pictures have equal units on both axes."""
+  if kind == 'surface':
+    return 4.4
+  aspects = [np.ptp(i.y) / np.ptp(i.x) for i in panels.values() if np.ptp(i.x) > 0]
+  return float(np.clip(1.2 + 3.0 * max(aspects, default=1.0), 2.6, 6.0))
+
+
+def _value_label(item: Landscape) -> str:
+  return _VALUE_LABELS.get(item.value, item.value)
+
+
+def _axis_label(item: Landscape, index: int, kind: Kind) -> str:
+  label = item.labels[index]
+  if not item.explained:
+    return label
+  share = f'{100 * item.explained[index]:.1f} %'
+  # Slanted labels have room for one line.
+  long = f'{label}\n({share} of the variance)'
+  return f'{label} ({share})' if kind == 'surface' else long
+
+
 def _levels(panels: Mapping[str, Landscape]) -> np.ndarray:
-  """Loss levels that all panels share, closer together towards the minimum."""
-  losses = np.concatenate([item.loss.ravel() for item in panels.values()])
-  losses = losses[np.isfinite(losses)]
-  low, high = (losses.min(), np.quantile(losses, 0.97)) if losses.size else (0, 1)
+  """Levels that all panels share; those of a loss closer together at the minimum."""
+  values = np.concatenate([item.loss.ravel() for item in panels.values()])
+  values = values[np.isfinite(values)]
+  (sort,) = {item.value for item in panels.values()}
+  power = 1.8 if sort == 'loss' else 1.0
+  if not values.size:
+    low, high = 0.0, 1.0
+  elif sort == EIGEN_RATIO:
+    return _round_levels(min(values.max(), 1.0))
+  else:
+    low, high = values.min(), np.quantile(values, 0.97)
   if not high > low:
     high = low + max(abs(low), 1.0) * 1e-3
-  return low + (high - low) * np.linspace(0, 1, _NUM_LEVELS) ** 1.8
+  return low + (high - low) * np.linspace(0, 1, _NUM_LEVELS) ** power
+
+
+def _round_levels(high: float) -> np.ndarray:
+  """Round numbers from 0 to a little above the highest."""
+  from matplotlib.ticker import MaxNLocator
+
+  return MaxNLocator(_NUM_LEVELS, steps=[1, 2, 5, 10]).tick_values(0.0, max(high, 1e-6))
 
 
 def _paint_contour(ax: Axes, item: Landscape, levels: np.ndarray):
-  from matplotlib.colors import BoundaryNorm
-
-  norm = BoundaryNorm(levels, 256, extend='max')
-  loss = _shown(item, np.inf)
+  values = _shown(item, np.inf)
   filled = ax.contourf(
-    item.x, item.y, loss, levels, cmap='viridis', norm=norm, extend='max', alpha=0.75
+    item.x,
+    item.y,
+    values,
+    levels,
+    cmap='viridis',
+    norm=_norm(levels),
+    extend='max',
+    alpha=0.75,
   )
-  if item.loss.size > 1 and np.isfinite(loss).any():
-    drawn = ax.contour(item.x, item.y, loss, levels[1:], colors='black', linewidths=0.6)
-    ax.clabel(drawn, fontsize=7, fmt='%.3g')
-  ax.plot(0, 0, '+', color='black', markersize=9)
-  ax.set_aspect('equal', adjustable='box')
-  ax.locator_params(nbins=5)
+  if item.loss.size > 1 and np.isfinite(item.loss).any():
+    drawn = ax.contour(
+      item.x, item.y, values, levels[1:], colors='black', linewidths=0.6
+    )
+    _label_contours(ax, drawn)
+  _mark(ax, item, 'black')
   return filled
 
 
+def _label_contours(ax: Axes, drawn) -> None:
+  """Numbers on the lines, over a trajectory, none cut by the frame."""
+  from matplotlib.patheffects import withStroke
+
+  halo = withStroke(linewidth=2, foreground='white', alpha=0.6)
+  to_axes = ax.transData + ax.transAxes.inverted()
+  for text in ax.clabel(drawn, fontsize=7, fmt='%.3g', zorder=12):
+    text.set_path_effects([halo])
+    across, up = to_axes.transform(text.get_position())
+    text.set_visible(0.04 < across < 0.96 and 0.03 < up < 0.97)
+
+
 def _paint_heatmap(ax: Axes, item: Landscape, levels: np.ndarray):
+  mesh = ax.pcolormesh(
+    item.x, item.y, _shown(item, np.inf), norm=_norm(levels), cmap='viridis'
+  )
+  _mark(ax, item, 'white')
+  ax.patch.set(facecolor='0.9', hatch='xx', edgecolor='0.6')
+  return mesh
+
+
+def _norm(levels: np.ndarray):
   from matplotlib.colors import BoundaryNorm
 
-  norm = BoundaryNorm(levels, 256, extend='max')
-  mesh = ax.pcolormesh(item.x, item.y, _shown(item, np.inf), norm=norm, cmap='viridis')
-  ax.plot(0, 0, '+', color='white', markersize=9)
+  return BoundaryNorm(levels, 256, extend='max')
+
+
+def _mark(ax: Axes, item: Landscape, color: str) -> None:
+  """The centre or the trajectory of a flat picture, and its frame."""
+  limits = ax.get_xlim(), ax.get_ylim()
+  if item.path is None:
+    ax.plot(0, 0, '+', color=color, markersize=9)
+  else:
+    _draw_path(ax, item.path.T)
+  ax.set_xlim(limits[0])
+  ax.set_ylim(limits[1])
   ax.set_aspect('equal', adjustable='box')
   ax.locator_params(nbins=5)
-  return mesh
+
+
+def _draw_path(ax: Axes, coordinates: np.ndarray) -> None:
+  """A trajectory, (2 or 3, t), black on white so that it shows on any colour."""
+  ax.plot(*coordinates, color='white', linewidth=3, zorder=10)
+  ax.plot(*coordinates, 'o-', color='black', linewidth=1, markersize=2.5, zorder=11)
+  for marker, size, end in (
+    ('s', 7, coordinates[:, :1]),
+    ('*', 12, coordinates[:, -1:]),
+  ):
+    ax.plot(
+      *end,
+      marker,
+      markersize=size,
+      markerfacecolor='white',
+      markeredgecolor='black',
+      zorder=12,
+    )
 
 
 def _paint_surface(ax: Axes, item: Landscape, levels: np.ndarray):
   x, y = np.meshgrid(item.x, item.y)
+  values = _shown(item, levels[-1])
   drawn = ax.plot_surface(
     x,
     y,
-    _shown(item, levels[-1]),
+    values,
     cmap='viridis',
     vmin=levels[0],
     vmax=levels[-1],
@@ -211,20 +315,34 @@ def _paint_surface(ax: Axes, item: Landscape, levels: np.ndarray):
     ccount=60,
     antialiased=True,
   )
+  if item.path is not None:
+    ax.computed_zorder = False
+    heights = [_height(item, values, *point) for point in item.path]
+    _draw_path(ax, np.column_stack([item.path, heights]).T)
   ax.set_zlim(levels[0], levels[-1])
-  ax.set_zlabel('loss')
+  ax.set_zlabel(_value_label(item))
   ax.locator_params(nbins=5)
   ax.view_init(elev=35, azim=-60)
+  # Room for the labels of the axes, which the layout does not see.
+  ax.set_box_aspect(None, zoom=0.8)
   return drawn
 
 
+def _height(item: Landscape, values: np.ndarray, x: float, y: float) -> float:
+  """What a surface shows at a point, between its own points bilinear."""
+  across = [np.interp(x, item.x, row, np.nan, np.nan) for row in values]
+  return float(np.interp(y, item.y, across, np.nan, np.nan))
+
+
 def _shown(item: Landscape, cap: float) -> np.ndarray:
-  """The loss cut off at a cap; what is not finite is drawn as very high."""
+  """The values cut off at a cap; a loss that is not finite is drawn as very high."""
   largest = np.nan_to_num(item.loss[np.isfinite(item.loss)].max(initial=0.0))
   cap = min(cap, 2 * abs(largest) + 1)
-  return np.minimum(np.nan_to_num(item.loss, nan=cap, posinf=cap), cap)
+  undefined = cap if item.value == 'loss' else np.nan
+  return np.minimum(np.nan_to_num(item.loss, nan=undefined, posinf=cap), cap)
 
 
+_VALUE_LABELS = {EIGEN_RATIO: r'$|\lambda_{min} \,/\, \lambda_{max}|$'}
 _PAINTERS = {
   'contour': _paint_contour,
   'surface': _paint_surface,

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
 from sam_jax import landscape
@@ -96,11 +98,187 @@ def test_surface_is_the_loss_at_each_point_over_unequal_batches(tmp_path):
   for field in ('x', 'y', 'loss'):
     np.testing.assert_array_equal(getattr(again, field), getattr(result, field))
   assert again.labels == result.labels
+  assert (again.value, again.path, again.explained) == ('loss', None, ())
 
   on_line = landscape.line(_loss, params, along_x, x, [data[:7], data[7:]])
   np.testing.assert_array_equal(on_line.loss, result.loss[0])
   on_line.save(tmp_path / 'line.npz')
   assert landscape.load(tmp_path / 'line.npz').y is None
+
+
+def test_a_quadratic_is_its_own_closed_form():
+  # Small dyadic numbers: float32 has every one of them exactly.
+  weights = {'a': jnp.array([1.0, 3.0]), 'b': jnp.array(0.5)}
+
+  def loss(params, batch):
+    terms = jax.tree.map(lambda w, p: jnp.sum(w * p**2), weights, params)
+    return jnp.mean(batch) * sum(jax.tree.leaves(terms))
+
+  zero = jax.tree.map(jnp.zeros_like, weights)
+  first = {'a': jnp.array([1.0, 0.0]), 'b': jnp.array(1.0)}
+  second = {'a': jnp.array([0.0, 2.0]), 'b': jnp.array(0.0)}
+  x, y = np.linspace(-2, 2, 9), np.linspace(-1, 1, 5)
+  result = landscape.surface(loss, zero, (first, second), x, y, [jnp.ones(3)])
+  np.testing.assert_array_equal(result.loss, 1.5 * x**2 + 12 * y[:, None] ** 2)
+
+
+def test_any_iterable_of_batches_and_every_device_give_the_same_bits():
+  params = {'w': jnp.array([1.0, -2.0]), 'b': jnp.array([0.5])}
+  directions = landscape.random_directions(
+    jax.random.key(1), params, include_vectors=True
+  )
+  data = np.random.default_rng(0).normal(size=(10, 2)).astype(np.float32)
+  x, y = np.linspace(-1, 1, 5), np.linspace(-1, 1, 4)
+
+  class Anew:
+    def __iter__(self):
+      return iter([data[:7], data[7:]])
+
+  def evaluate(batches, devices):
+    seen = []
+    result = landscape.surface(
+      _loss,
+      params,
+      directions,
+      x,
+      y,
+      batches,
+      devices=devices,
+      progress=lambda *done: seen.append(done),
+    )
+    assert seen == [(i, 20) for i in range(1, 21)]
+    return result.loss
+
+  assert jax.local_device_count() == 8
+  expected = evaluate([data[:7], data[7:]], jax.local_devices()[:1])
+  some = jax.local_devices()[5:7]
+  for batches, devices in (
+    ([data[:7], data[7:]], None),
+    (iter([data[:7], data[7:]]), some),
+    (Anew(), some),
+  ):
+    np.testing.assert_array_equal(evaluate(batches, devices), expected)
+  with pytest.raises(ValueError, match=r'devices=\[\]'):
+    evaluate([data], [])
+
+
+# Few shapes: each of them is compiled.
+@settings(max_examples=12)
+@given(
+  shapes=st.lists(
+    st.sampled_from([(3, 4), (1, 5), (6,)]), min_size=1, max_size=3, unique=True
+  ),
+  num=st.integers(1, 2),
+  seed=st.integers(0, 2**32 - 1),
+  vectors=st.booleans(),
+)
+def test_random_directions_hold_their_invariants(shapes, num, seed, vectors):
+  keys = jax.random.split(jax.random.key(seed), len(shapes))
+  params = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
+  moved = [vectors or p.ndim >= 2 for p in params]
+  assume(sum(p.size for p, m in zip(params, moved, strict=True) if m) >= num)
+  found = landscape.random_directions(
+    jax.random.key(seed + 1), params, num, include_vectors=vectors
+  )
+  for leaf, move, *drawn in zip(params, moved, *found, strict=True):
+    drawn = np.stack([np.asarray(d, np.float64) for d in drawn])
+    if not move:
+      assert not drawn.any()
+      continue
+    # Filters of fewer weights than directions, and vectors, are one filter a leaf.
+    whole = leaf.ndim < 2 or leaf.size // leaf.shape[-1] < num
+    filters = 1 if whole else leaf.shape[-1]
+    drawn = drawn.reshape(num, -1, filters)
+    norms = np.linalg.norm(np.asarray(leaf, np.float64).reshape(-1, filters), axis=0)
+    np.testing.assert_allclose(
+      np.einsum('iwf,jwf->fij', drawn, drawn),
+      norms[:, None, None] ** 2 * np.eye(num),
+      atol=2e-5 * norms.max() ** 2,
+    )
+
+
+@pytest.mark.parametrize('center', [-1, 0, 17])
+def test_a_spiral_in_many_dimensions_is_found(x64, center):
+  rng = np.random.default_rng(0)
+  turn = np.linspace(0.5, 9, 40)
+  spiral = np.stack([3 * turn * np.cos(turn), turn * np.sin(turn)], 1)
+  basis = np.linalg.qr(rng.normal(size=(300, 2)))[0]
+  flat = spiral @ basis.T + rng.normal(size=300)
+  trees = [
+    {'a': row[:200].reshape(10, 20), 'b': [row[200:], np.zeros((0,))]} for row in flat
+  ]
+  found = landscape.trajectory(trees, center=center)
+  first, second = (ravel_pytree(d)[0] for d in found.directions)
+  both = np.stack([first, second])
+  np.testing.assert_allclose(both @ both.T, np.eye(2), atol=1e-12)
+  # The plane is that of the spiral, each of its axes turned or mirrored only.
+  np.testing.assert_allclose(np.linalg.svd(both @ basis)[1], 1, rtol=1e-12)
+  relative = spiral - spiral[center]
+  np.testing.assert_allclose(
+    found.coordinates @ found.coordinates.T, relative @ relative.T, atol=1e-9
+  )
+  np.testing.assert_allclose(found.coordinates, (flat - flat[center]) @ both.T)
+  np.testing.assert_allclose(sum(found.explained), 1, rtol=1e-12)
+  variances = np.linalg.eigvalsh(np.cov(spiral.T))[::-1]
+  np.testing.assert_allclose(found.explained, variances / variances.sum())
+
+
+def test_a_trajectory_out_of_the_plane_is_projected():
+  rng = np.random.default_rng(1)
+  flat = np.cumsum(rng.normal(size=(12, 50)), axis=0).astype(np.float32)
+  found = landscape.trajectory([{'w': jnp.asarray(row)} for row in flat])
+  centred = flat.astype(np.float64) - flat.mean(0, dtype=np.float64)
+  values, vectors = np.linalg.svd(centred, full_matrices=False)[1:]
+  np.testing.assert_allclose(
+    found.explained, values[:2] ** 2 / (values**2).sum(), rtol=1e-9
+  )
+  for direction, vector in zip(found.directions, vectors, strict=False):
+    assert abs(direction['w'] @ vector) == pytest.approx(1, rel=1e-6)
+  np.testing.assert_array_equal(found.coordinates[-1], 0)
+  assert (found.coordinates.max(0) == abs(found.coordinates).max(0)).all()
+
+
+def test_a_difference_leads_from_one_network_to_another():
+  first = {'w': jnp.array([1.0, 2.0], jnp.bfloat16), 'b': jnp.array([0.5])}
+  second = {'w': jnp.array([1.01, -2.0], jnp.bfloat16), 'b': jnp.array([1.5])}
+  direction = landscape.difference(first, second)
+  assert direction['w'].dtype == jnp.float32
+  data = [jnp.ones((3, 2))]
+  result = landscape.line(_loss, first, direction, [0, 1], data)
+  np.testing.assert_array_equal(
+    result.loss, [_loss(params, data[0]) for params in (first, second)]
+  )
+
+
+@pytest.mark.parametrize(
+  ('checkpoints', 'arguments', 'message'),
+  [
+    ([1.0, 2.0], {}, 'checkpoints: 2 given'),
+    ([1.0, 1.0, 1.0], {}, 'did not move'),
+    ([1.0, np.nan, 3.0], {}, 'not finite'),
+    ([1.0, 2.0, 4.0], {}, 'lie on one line'),
+    ([1.0, 2.0, 4.0], {'center': 3}, 'center=3: there are 3'),
+  ],
+)
+def test_a_trajectory_that_spans_no_plane_is_refused(checkpoints, arguments, message):
+  trees = [{'w': scale * jnp.arange(1.0, 5.0)} for scale in checkpoints]
+  with pytest.raises(ValueError, match=message):
+    landscape.trajectory(trees, **arguments)
+
+
+@pytest.mark.parametrize(
+  ('other', 'message'),
+  [
+    ({'w': jnp.ones(3)}, r"\['w'\] is \(3,\) instead of \(2,\)"),
+    ({'w': jnp.ones(2), 'z': jnp.ones(1)}, r"\['z'\] is \(1,\) instead of missing"),
+  ],
+)
+def test_networks_that_differ_in_shape_are_named(other, message):
+  first = {'w': jnp.ones(2)}
+  with pytest.raises(ValueError, match='second: 1 leaves differ.*' + message):
+    landscape.difference(first, other)
+  with pytest.raises(ValueError, match=r'checkpoints\[2\]: .*' + message):
+    landscape.trajectory([first, first, other])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,318 @@
+"""Directions through the parameters: random, between networks, of a trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Params = Any
+Normalization = Literal['filter', 'layer', 'none']
+# Columns of the displacements that are held in float64 at a time.
+_CHUNK = 1 << 18
+# A second direction with less of the variance than this is rounding.
+_LEAST_SHARE = 1e-12
+
+
+def random_directions(
+  key: jax.Array,
+  params: Params,
+  num: int = 2,
+  *,
+  normalization: Normalization = 'filter',
+  include_vectors: bool = False,
+) -> tuple[Params, ...]:
+  r"""Random directions, orthogonal to each other, in the scale of the parameters.
+
+  Filter normalization gives every filter of a direction the norm that this filter has
+  in the parameters, :math:`d_f \leftarrow d_f |w_f| / |d_f|`, so that networks which
+  differ by a rescaling of their layers show the same landscape. A filter is what feeds
+  one output: a slice along the last axis. Directions are made orthogonal filter by
+  filter *before* they are scaled, so that both hold exactly. A leaf whose filters have
+  fewer weights than there are directions is scaled as one filter.
+
+  Args:
+    key: typed PRNG key.
+    params: pytree of floating-point arrays.
+    num: number of directions.
+    normalization: 'filter'; 'layer' takes each leaf as one filter; 'none' gives
+      orthogonal Gaussian directions with the norm of the parameters they move.
+    include_vectors: also move leaves of fewer than two dimensions: biases and
+      normalization parameters. They are left at 0 otherwise.
+
+  Returns:
+    ``num`` pytrees like ``params``.
+
+  Raises:
+    ValueError: an argument is out of range, or nothing is left to move.
+
+  >>> import jax, jax.numpy as jnp
+  >>> params = {'kernel': jnp.arange(6.).reshape(3, 2), 'bias': jnp.ones(2)}
+  >>> first, second = random_directions(jax.random.key(0), params)
+  >>> bool(jnp.allclose(jnp.linalg.norm(first['kernel'], axis=0),
+  ...                   jnp.linalg.norm(params['kernel'], axis=0)))
+  True
+  >>> abs(float(jnp.vdot(first['kernel'], second['kernel']))) < 1e-5
+  True
+  >>> first['bias'].tolist()
+  [0.0, 0.0]
+
+  References:
+    Li et al., Visualizing the loss landscape of neural nets, arXiv 1712.09913.
+  """
+  if normalization not in ('filter', 'layer', 'none'):
+    raise ValueError(
+      f"normalization={normalization!r}: give 'filter', 'layer' or 'none'"
+    )
+  if num < 1:
+    raise ValueError(f'num={num}: give at least one direction')
+  leaves, treedef = jax.tree.flatten(params)
+  leaves = [jnp.asarray(leaf) for leaf in leaves]
+  moved = [leaf.size > 0 and (include_vectors or leaf.ndim >= 2) for leaf in leaves]
+  room = sum(leaf.size for leaf, move in zip(leaves, moved, strict=True) if move)
+  if room < num:
+    raise ValueError(
+      f'num={num}: only {room} parameters would be moved; include_vectors=True '
+      'moves biases too'
+    )
+  keys = jax.random.split(key, len(leaves))
+  groups = [_filters(leaf, num, normalization) for leaf in leaves]
+  drawn = [
+    _draw(leaf_key, group, num, normalization)
+    if move
+    else jnp.zeros((num, *leaf.shape), leaf.dtype)
+    for leaf_key, group, leaf, move in zip(keys, groups, leaves, moved, strict=True)
+  ]
+  directions = [
+    [draw[i].reshape(leaf.shape) for draw, leaf in zip(drawn, leaves, strict=True)]
+    for i in range(num)
+  ]
+  if normalization == 'none':
+    kept = [leaf * move for leaf, move in zip(leaves, moved, strict=True)]
+    directions = _orthogonal(directions, kept)
+  return tuple(jax.tree.unflatten(treedef, direction) for direction in directions)
+
+
+class Trajectory(NamedTuple):
+  """The plane in which checkpoints moved most, and where each stands in it.
+
+  Attributes:
+    directions: two pytrees like the parameters, of length 1 and orthogonal.
+    coordinates: float64 (t, 2), the checkpoints in the plane, the centre at (0, 0).
+    explained: float64 (2,), the share of the variance along each direction.
+  """
+
+  directions: tuple[Params, Params]
+  coordinates: np.ndarray
+  explained: np.ndarray
+
+
+def difference(first: Params, second: Params) -> Params:
+  """The direction from one network to another, for `line`.
+
+  Args:
+    first: pytree of floating-point arrays; `line` is given it as ``params`` and has it
+      at x = 0.
+    second: pytree like ``first``, at x = 1.
+
+  Returns:
+    ``second - first``, in at least float32.
+
+  Raises:
+    ValueError: the trees or the shapes of their leaves differ.
+
+  >>> import jax.numpy as jnp
+  >>> difference({'w': jnp.ones(2)}, {'w': jnp.array([4., 1.])})['w'].tolist()
+  [3.0, 0.0]
+  """
+  _require_alike(first, second, 'second')
+  return jax.tree.map(
+    lambda a, b: jnp.subtract(*(jnp.asarray(p, _wide(a)) for p in (b, a))),
+    first,
+    second,
+  )
+
+
+def trajectory(checkpoints: Sequence[Params], *, center: int = -1) -> Trajectory:
+  r"""The two principal components of the way that training took.
+
+  With the displacements from the centre :math:`d_i = w_i - w_c` and their mean
+  :math:`\bar d`, the directions are the first two eigenvectors of
+  :math:`\sum_i (d_i - \bar d)(d_i - \bar d)^T`. They come from the t x t matrix of
+  the products of displacements, summed in float64 on the host. The signs are such that
+  the coordinate furthest from the centre is positive.
+
+  A grid for `surface` with ``checkpoints[center]`` as ``params`` is in the units of the
+  coordinates: Euclidean distances.
+
+  Args:
+    checkpoints: parameters at t >= 3 times, pytrees of floating-point arrays.
+    center: index of the checkpoint at (0, 0), by default the last.
+
+  Returns:
+    The directions, the coordinates of the checkpoints, and what share of their
+    variance each direction explains. A checkpoint lies in the plane only if the shares
+    sum to 1; else the coordinates are its projection.
+
+  Raises:
+    ValueError: there are fewer than three checkpoints, their trees differ, they did
+      not move, or they moved along one line only.
+
+  >>> import jax.numpy as jnp
+  >>> steps = [{'w': jnp.array([x, 5., y])} for x, y in ((9., 0.), (5., 2.), (1., 0.))]
+  >>> found = trajectory(steps)
+  >>> abs(found.coordinates).round(4).tolist()
+  [[8.0, 0.0], [4.0, 2.0], [0.0, 0.0]]
+  >>> abs(found.directions[1]['w']).round(4).tolist()
+  [0.0, 0.0, 1.0]
+
+  References:
+    Li et al., Visualizing the loss landscape of neural nets, arXiv 1712.09913, sec. 7.
+  """
+  count = len(checkpoints)
+  if count < 3:
+    raise ValueError(f'checkpoints: {count} given, a trajectory needs at least 3')
+  if not -count <= center < count:
+    raise ValueError(f'center={center}: there are {count} checkpoints')
+  for index, other in enumerate(checkpoints):
+    _require_alike(checkpoints[0], other, f'checkpoints[{index}]')
+  leaves = [[np.asarray(leaf) for leaf in jax.tree.leaves(c)] for c in checkpoints]
+  rows = list(zip(*leaves, strict=True))
+  gram = sum(d @ d.T for row in rows for d in _displacements(row, center))
+  weights, explained = _principal(gram)
+  parts = [
+    np.concatenate([weights.T @ d for d in _displacements(row, center)], axis=1)
+    for row in rows
+  ]
+  directions = tuple(
+    jax.tree.unflatten(
+      jax.tree.structure(checkpoints[0]),
+      [
+        jnp.asarray(part[i].reshape(row[0].shape), _wide(row[0]))
+        for part, row in zip(parts, rows, strict=True)
+      ],
+    )
+    for i in (0, 1)
+  )
+  return Trajectory(directions, gram @ weights, explained)
+
+
+@jax.jit
+def move(params: Params, directions: Sequence[Params], coordinates: Any) -> Params:
+  """The parameters plus each direction times its coordinate, in their own type."""
+  for direction, coordinate in zip(directions, coordinates, strict=True):
+    params = jax.tree.map(
+      lambda p, d, c=coordinate: (p + c * d).astype(jnp.result_type(p)),
+      params,
+      direction,
+    )
+  return params
+
+
+def _displacements(row: Sequence[np.ndarray], center: int) -> Iterator[np.ndarray]:
+  """One leaf of all checkpoints less that of the centre, (t, columns) at a time."""
+  flat = [leaf.reshape(-1) for leaf in row]
+  # A leaf without entries gives one piece without columns.
+  for start in range(0, max(flat[0].size, 1), _CHUNK):
+    part = np.stack([leaf[start : start + _CHUNK] for leaf in flat]).astype(np.float64)
+    yield part - part[center]
+
+
+def _principal(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Principal components from the products of displacements, (t, t).
+
+  Returns:
+    (t, 2), the directions as combinations of displacements, and their shares (2,).
+  """
+  if not 0 < np.trace(gram) < np.inf:
+    raise ValueError(
+      'checkpoints: the parameters did not move, or are not finite: give checkpoints '
+      'of different times'
+    )
+  centering = np.eye(len(gram)) - 1 / len(gram)
+  values, vectors = np.linalg.eigh(centering @ gram @ centering)
+  values, vectors = values[::-1], vectors[:, ::-1]
+  if values[1] < _LEAST_SHARE * values[0]:
+    raise ValueError(
+      'checkpoints: they lie on one line: give `line` the difference of two'
+    )
+  weights = centering @ vectors[:, :2] / np.sqrt(values[:2])
+  coordinates = gram @ weights
+  furthest = np.abs(coordinates).argmax(0)
+  weights *= np.sign(coordinates[furthest, (0, 1)])
+  return weights, values[:2] / np.maximum(values, 0).sum()
+
+
+def _require_alike(first: Params, second: Params, name: str) -> None:
+  """Checks that two trees have the same leaves of the same shapes."""
+  shapes = [
+    {
+      jax.tree_util.keystr(path): np.shape(leaf)
+      for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+    for tree in (first, second)
+  ]
+  differing = sorted(
+    key
+    for key in shapes[0].keys() | shapes[1].keys()
+    if shapes[0].get(key) != shapes[1].get(key)
+  )
+  if differing:
+    key = differing[0]
+    one, other = (shape.get(key, 'missing') for shape in shapes)
+    raise ValueError(
+      f'{name}: {len(differing)} leaves differ from the first network; {key} is '
+      f'{other} instead of {one}: give parameters of one and the same network'
+    )
+
+
+def _wide(leaf: Any) -> np.dtype:
+  """The type of a direction at a leaf: its own, and at least float32."""
+  return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+
+
+def _filters(leaf, num, normalization):
+  """A leaf as (filter size, number of filters)."""
+  columns = leaf.reshape(-1, leaf.shape[-1]) if leaf.ndim >= 2 else leaf.reshape(-1, 1)
+  if normalization != 'filter' or columns.shape[0] < num:
+    columns = leaf.reshape(-1, 1)
+  return columns
+
+
+def _draw(key, filters, num, normalization):
+  """(num, filter size, filters): orthogonal within a filter, scaled like it."""
+  drawn = jax.random.normal(key, (num, *filters.shape), filters.dtype)
+  if normalization == 'none':
+    return drawn
+  result = []
+  for direction in drawn:
+    for _ in range(2):
+      for other in result:
+        dots = (other * direction).sum(0, keepdims=True)
+        direction = direction - other * dots
+    norms = jnp.linalg.norm(direction, axis=0, keepdims=True)
+    result.append(direction / jnp.where(norms > 0, norms, 1))
+  return jnp.stack(result) * jnp.linalg.norm(filters, axis=0)[None, None]
+
+
+def _orthogonal(directions, kept):
+  """Whole directions made orthogonal, with the norm of the parameters they move."""
+  size = _norm(kept)
+  result = []
+  for direction in directions:
+    for _ in range(2):
+      for other in result:
+        dot = sum(jnp.vdot(a, b) for a, b in zip(other, direction, strict=True))
+        direction = [
+          d - dot / size**2 * o for d, o in zip(direction, other, strict=True)
+        ]
+    factor = size / _norm(direction)
+    result.append([factor * d for d in direction])
+  return result
+
+
+def _norm(leaves):
+  return jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in leaves))

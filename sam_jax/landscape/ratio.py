@@ -1,0 +1,109 @@
+"""Where a loss is locally convex: extreme eigenvalues on a grid."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from sam_jax import curvature
+from sam_jax.curvature import operators
+from sam_jax.landscape import directions as directions_lib
+from sam_jax.landscape import grid
+from sam_jax.landscape import record as record_lib
+from sam_jax.landscape.result import Landscape
+
+EIGEN_RATIO = 'lambda_min/lambda_max'
+
+
+def eigen_ratio(
+  loss_fn: grid.LossFn,
+  params: grid.Params,
+  directions: tuple[grid.Params, grid.Params],
+  x: Sequence[float] | np.ndarray,
+  y: Sequence[float] | np.ndarray,
+  batches: Iterable[grid.Batch],
+  *,
+  weight: Callable[[grid.Batch], float] | None = None,
+  tol: float = 1e-2,
+  key: jax.Array | None = None,
+  max_num_matvecs: int = 500,
+  labels: tuple[str, str] = ('direction 1', 'direction 2'),
+  record: str | os.PathLike[str] | None = None,
+  progress: Callable[[int, int], None] | None = None,
+) -> Landscape:
+  r"""The ratio :math:`|\lambda_{min} / \lambda_{max}|` of the Hessian on a grid.
+
+  A value near 0 says that no negative curvature is to be seen beside the largest
+  positive one, as in a convex region. The extremes are the algebraic ones, each to
+  ``tol * max(|lambda_min|, |lambda_max|)``; where the ratio is below 1 that is its
+  error, about. Each point is a search of its own from the same start vector, so the
+  result does not depend on their order.
+
+  Args:
+    loss_fn: ``loss_fn(params, batch) -> scalar``, the mean loss over the batch.
+    params: the point at (0, 0).
+    directions: two pytrees like ``params``.
+    x: coordinates along the first direction, (nx,).
+    y: coordinates along the second direction, (ny,).
+    batches: as for `curvature.hessian`.
+    weight: number of examples of a batch; None is its leading dimension.
+    tol: residual of the eigenpairs, relative to the largest \|lambda\|.
+    key: typed PRNG key of the start vector; None is ``jax.random.key(0)``.
+    max_num_matvecs: most Hessian-vector products for one point.
+    labels: what the directions are.
+    record: as for `surface`; ``tol``, ``key`` and ``max_num_matvecs`` must agree too.
+    progress: called with the number of points done and of all points.
+
+  Returns:
+    The landscape, ``value`` 'lambda_min/lambda_max' and ``loss`` the ratio, of shape
+    (ny, nx). Where ``lambda_max`` is 0, but for rounding, the ratio is infinite, or 0
+    if ``lambda_min`` is 0 too. It is NaN where the Hessian is not finite, or a pair did
+    not converge.
+
+  >>> import jax.numpy as jnp
+  >>> loss = lambda w, batch: jnp.mean(batch) * (w[0] ** 4 - w[1] ** 2)
+  >>> at, along = jnp.array([1., 0.]), (jnp.array([1., 0.]), jnp.array([0., 1.]))
+  >>> eigen_ratio(loss, at, along, [0., 1.], [0.], [jnp.ones(4)]).loss.round(4).tolist()
+  [[0.1667, 0.0417]]
+
+  References:
+    Li et al., Visualizing the loss landscape of neural nets, arXiv 1712.09913, fig. 6.
+  """
+  x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+  coordinates = grid.points(x, y)
+  if isinstance(batches, list | tuple | Iterator):
+    batches = [jax.device_put(batch) for batch in batches]
+  total = operators.WeightedBatches(batches, weight).total
+  key = jax.random.key(0) if key is None else key
+  search = tol, max_num_matvecs, jax.random.key_data(key)
+  facts = EIGEN_RATIO, coordinates, params, directions, total, search
+  with record_lib.Record(record, len(coordinates), facts) as finished:
+    for index in finished.missing:
+      moved = directions_lib.move(params, directions, tuple(coordinates[index]))
+      operator = curvature.hessian(loss_fn, moved, batches, weight=weight)
+      finished.add(index, _ratio(operator, tol, key, max_num_matvecs))
+      if progress is not None:
+        progress(len(finished.values), len(coordinates))
+    ratio = finished.array((len(y), len(x)))
+  return Landscape(x=x, y=y, loss=ratio, labels=tuple(labels), value=EIGEN_RATIO)
+
+
+def _ratio(
+  operator: curvature.Operator, tol: float, key: jax.Array, max_num_matvecs: int
+) -> float:
+  """The ratio of one Hessian; NaN if it cannot be told."""
+  try:
+    pairs = curvature.eigenpairs(
+      operator, 1, tol=tol, key=key, max_num_matvecs=max_num_matvecs, verify=False
+    )
+  except curvature.NonFiniteError:
+    return np.nan
+  largest, smallest = pairs.eigenvalues[0], pairs.eigenvalues[-1]
+  if not pairs.converged.all():
+    return np.nan
+  if abs(largest) <= np.finfo(operator.dtype).eps * pairs.scale:
+    return np.inf if pairs.scale else 0.0
+  return float(abs(smallest / largest))
