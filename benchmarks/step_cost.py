@@ -3,50 +3,83 @@
   python -m benchmarks.step_cost [--task=mutagenicity_gcn --manual_dir=DIR]
       [--model=depth=16,width=4] [--optimizers=sam,asam] [--repeats=30]
 
-FLOPs are the compiler's own count of the compiled step. Times are medians of
-interleaved runs on one batch of the task's recipe, each run a whole step through the
-training loop's mapping, so that both meet the same state of the machine.
+FLOPs and memory are the compiler's own count for the compiled step: memory is that of
+arguments, results and temporaries, without what results take over from arguments;
+`copies` is what a method adds to the base, in copies of the parameters. Times are
+medians of interleaved runs on one batch of the task's recipe, each run a whole step
+through the training loop's mapping, so that all meet the same state of the machine.
+The peak is what a large matrix product of the same type reaches on the device, or
+--peak_tflops.
 """
 
 import argparse
 import collections
-import functools
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 import sam_jax
 import tasks
 from training import losses, optimizers, parallel, step
 
+_MIB = 1 << 20
+# Sizes of a matrix product that keeps a device busy.
+_PEAK_SIZES = {'cpu': 2048}
+_PEAK_SIZE = 8192
 
-def compiled_steps(
-  config: Any, workload: Any, shards: Any
-) -> tuple[list[tuple[float, Any]], Any]:
-  """The compiled steps of a method, each with its share of all steps, and a state."""
+
+class Phase(NamedTuple):
+  """One compiled step of a method.
+
+  Attributes:
+    share: its share of all steps of a run; 1 but for periodic methods.
+    flops: of one run.
+    memory: bytes while it runs.
+    run: takes one step.
+  """
+
+  share: float
+  flops: float
+  memory: int
+  run: Callable[[], Any]
+
+
+def phases(config: Any, workload: Any, shards: Any) -> list[Phase]:
+  """The compiled steps of a method, each with a state of its own."""
   replicas = parallel.DataParallel(num_devices=1)
-  steps_per_epoch = workload.train.batches(
-    config.batch_size, shards=(1,), seed=0
-  ).steps_per_epoch
+  steps_per_epoch = workload.train.batches(config.batch_size).steps_per_epoch
   tx = optimizers.build(config, steps_per_epoch)
-  state = replicas.replicate(
-    step.init_state(workload.model, tx, workload.example_inputs, config.seed)
-  )
-  compiled = []
   total = config.epochs * steps_per_epoch
-  phases = collections.Counter(
+  counts = collections.Counter(
     optimizers.phase(config, steps_per_epoch, number) for number in range(total)
   )
-  for phase, count in phases.items():
+  found = []
+  for phase, count in counts.items():
+    state = replicas.place(
+      replicas.replicate(
+        step.init_state(workload.model, tx, workload.example_inputs, config.seed)
+      )
+    )
     train_step = step.make_train_step(
       workload.model, tx, config, phase=phase, augment=workload.augment
     )
-    run = replicas.map(train_step).lower(state, shards).compile()
-    compiled.append((count / total, run))
-  return compiled, state
+    compiled = replicas.map(train_step, donate=True).lower(state, shards).compile()
+    run = _steps(compiled, state, shards)
+    found.append(Phase(count / total, flops(compiled), memory(compiled), run))
+  return found
+
+
+def _steps(compiled: Any, state: Any, shards: Any) -> Callable[[], Any]:
+  def run():
+    nonlocal state  # Given away to the step, as in training.
+    state, metrics = compiled(state, shards)
+    return state, metrics
+
+  return run
 
 
 def seconds(function: Callable[[], Any]) -> float:
@@ -56,7 +89,7 @@ def seconds(function: Callable[[], Any]) -> float:
   return time.perf_counter() - start
 
 
-def medians(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def medians(functions: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
   """Median wall time of each, run in turn."""
   times = {name: [] for name in functions}
   for _ in range(repeats + 2):
@@ -70,17 +103,37 @@ def flops(compiled: Any) -> float:
   return compiled.cost_analysis()['flops']
 
 
+def memory(compiled: Any) -> int:
+  """The compiler's count of bytes while it runs."""
+  found = compiled.memory_analysis()
+  return (
+    found.argument_size_in_bytes
+    + found.output_size_in_bytes
+    + found.temp_size_in_bytes
+    - found.alias_size_in_bytes
+  )
+
+
+def measured_peak(dtype: str) -> float:
+  """FLOP/s of a large matrix product."""
+  size = _PEAK_SIZES.get(jax.default_backend(), _PEAK_SIZE)
+  factor = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
+  product = jax.jit(jnp.matmul)
+  best = min(seconds(lambda: product(factor, factor)) for _ in range(5))
+  return 2 * size**3 / best
+
+
 def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
   """The fields of the configuration that the command line sets."""
-  names = ('manual_dir', 'data_dir', 'model', 'batch_size')
+  names = ('manual_dir', 'data_dir', 'model', 'batch_size', 'dtype')
   return {name: getattr(arguments, name) for name in names}
 
 
 def compare_steps(arguments: argparse.Namespace, names: list[str]) -> None:
-  """Prints a row a method: milliseconds and FLOPs a step, and both over the base's."""
+  """Prints a row a method: its time, FLOPs and memory, and each over the base's."""
   given = overrides(arguments)
   base = tasks.resolve(arguments.task, **given).base_optimizer
-  costs, runs, shares = {}, {}, {}
+  found = {}
   for name in [base, *names]:
     config = tasks.resolve(
       arguments.task,
@@ -91,22 +144,62 @@ def compare_steps(arguments: argparse.Namespace, names: list[str]) -> None:
     workload = tasks.build(config)
     batches = workload.train.batches(config.batch_size, shards=(1,), seed=0)
     shards = jax.tree.map(jax.device_put, next(batches.epoch(0)))
-    compiled, state = compiled_steps(config, workload, shards)
-    costs[name] = sum(share * flops(run) for share, run in compiled)
-    for index, (share, run) in enumerate(compiled):
-      runs[name, index] = functools.partial(run, state, shards)
-      shares[name, index] = share
-  times = medians(runs, arguments.repeats)
-  per_step = dict.fromkeys(costs, 0.0)
-  for key, time_of_phase in times.items():
-    per_step[key[0]] += shares[key] * time_of_phase
-  print(f'{arguments.task}, one step, over {base}')
-  for name, cost in costs.items():
-    time_of_step = per_step[name]
-    print(
-      f'  {name:16s} {1e3 * time_of_step:9.2f} ms  x{time_of_step / per_step[base]:.3f}'
-      f'  {cost / 1e6:10.1f} MFLOP  x{cost / costs[base]:.3f}'
+    found[name] = phases(config, workload, shards)
+  times = medians(
+    {(name, i): x.run for name, steps in found.items() for i, x in enumerate(steps)},
+    arguments.repeats,
+  )
+  costs = {
+    name: Cost(
+      sum(x.share * times[name, i] for i, x in enumerate(steps)),
+      sum(x.share * x.flops for x in steps),
+      max(x.memory for x in steps),
     )
+    for name, steps in found.items()
+  }
+  variables = jax.eval_shape(
+    workload.model.init, jax.random.key(0), workload.example_inputs
+  )
+  copy = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(variables['params']))
+  peak = 1e12 * arguments.peak_tflops or measured_peak(config.dtype)
+  print(
+    f'{arguments.task}, a step of {config.batch_size} examples, {config.dtype}, over '
+    f'{base}; peak {peak / 1e12:.3g} TFLOP/s'
+  )
+  print(table(costs, config.batch_size, copy, peak))
+
+
+class Cost(NamedTuple):
+  """What a step of a method takes on average, and at most of memory in bytes."""
+
+  seconds: float
+  flops: float
+  memory: int
+
+
+def table(costs: dict[str, Cost], batch_size: int, copy: int, peak: float) -> str:
+  """A row a method; the first is the base.
+
+  Args:
+    costs: by method.
+    batch_size: examples in a step.
+    copy: bytes of the parameters.
+    peak: FLOP/s of the device.
+  """
+  base = next(iter(costs.values()))
+  rows = [
+    f'  {"":14}{"ms":>10}{"x":>7}{"examples/s":>12}{"MFLOP":>11}{"x":>7}'
+    f'{"MiB":>9}{"copies":>8}{"peak %":>8}'
+  ]
+  rows += [
+    f'  {name:14}{1e3 * cost.seconds:10.2f}{cost.seconds / base.seconds:7.3f}'
+    f'{batch_size / cost.seconds:12,.0f}{cost.flops / 1e6:11.1f}'
+    f'{cost.flops / base.flops:7.3f}{cost.memory / _MIB:9.1f}'
+    f'{(cost.memory - base.memory) / copy:8.2f}'
+    f'{100 * cost.flops / cost.seconds / peak:8.2f}'
+    for name, cost in costs.items()
+  ]
+  return '\n'.join(rows)
 
 
 def compare_hvp(arguments: argparse.Namespace) -> None:
@@ -149,7 +242,7 @@ def compare_hvp(arguments: argparse.Namespace) -> None:
     print(f'  {name:16s} {1e3 * times[name]:9.2f} ms  x{ratio:.3f}')
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
   """Parses the command line and prints both tables."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--task', default='digits_mlp', help='a task of train.py')
@@ -157,16 +250,21 @@ def main() -> None:
   parser.add_argument('--data_dir', default='', help='folder of prepared data sets')
   parser.add_argument('--model', help='changes to the network, as depth=16,width=4')
   parser.add_argument('--batch_size', type=int, help="unless the recipe's")
+  parser.add_argument('--dtype', help="float32 or bfloat16, unless the recipe's")
+  parser.add_argument(
+    '--peak_tflops', type=float, default=0.0, help="the device's; 0: measured"
+  )
   parser.add_argument('--optimizers', default='sam,asam', help='methods, by comma')
   parser.add_argument(
-    '--hessian_batch_size', type=int, default=128, help="eval_hessian.py's batch"
+    '--hessian_batch_size', type=int, default=128, help='of the HVP; 0: none'
   )
   parser.add_argument('--repeats', type=int, default=30, help='timed runs of each')
-  arguments = parser.parse_args()
+  arguments = parser.parse_args(argv)
   print(f'jax {jax.__version__} on {jax.devices()[0].device_kind}')
   if arguments.optimizers:
     compare_steps(arguments, arguments.optimizers.split(','))
-  compare_hvp(arguments)
+  if arguments.hessian_batch_size:
+    compare_hvp(arguments)
 
 
 if __name__ == '__main__':
