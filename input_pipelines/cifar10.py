@@ -10,7 +10,7 @@ import pickle
 
 import numpy as np
 
-from input_pipelines import batching, image_folder, sources, trees
+from input_pipelines import batching, image_folder, labelled_arrays, sources, trees
 from input_pipelines.errors import DataError
 from input_pipelines.labelled_arrays import LabelledArrays
 
@@ -34,6 +34,7 @@ _PIXELS = 3 * 32 * 32
 # What `manual_dir` may hold, the undamaged pixels first.
 _FILES = (
   'cifar-10-binary.tar.gz',
+  'cifar10.npz',
   'cifar-10-python.tar.gz',
   'cifar-10-batches-bin',
   'cifar-10-batches-py',
@@ -48,10 +49,6 @@ def load(
 ) -> tuple[batching.ArraySplit, batching.ArraySplit, tuple[str, ...]]:
   """Loads CIFAR-10 with its own split.
 
-  `manual_dir` may hold the publisher's binary or Python archive or the folder it
-  unpacks to, or a folder, tar or zip `cifar10` (or `cifar10_jpeg.tar.gz`) of images in
-  `train/CLASS/` and `test/CLASS/`. Without any the binary archive is downloaded.
-
   Args:
     data_dir: TFDS folder; by default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
     manual_dir: folder with the images; by default `downloads/manual` in `data_dir`.
@@ -62,6 +59,18 @@ def load(
   Raises:
     DataError: there is no source, or the data are damaged.
   """
+  data = load_arrays(data_dir=data_dir, manual_dir=manual_dir)
+  return *image_folder.splits(data, 0), data.classes
+
+
+def load_arrays(*, data_dir: str = '', manual_dir: str = '') -> LabelledArrays:
+  """Loads CIFAR-10 as its parts train and test.
+
+  `manual_dir` may hold the publisher's binary or Python archive or the folder it
+  unpacks to, or a folder, tar or zip `cifar10` (or `cifar10_jpeg.tar.gz`) of images in
+  `train/CLASS/` and `test/CLASS/`, or a `cifar10.npz` of `labelled_arrays.save`.
+  Without any the binary archive is downloaded.
+  """
   source = sources.Source(
     name='cifar10',
     files=[(name,) for name in _FILES],
@@ -69,8 +78,7 @@ def load(
     parse=read,
     builder='input_pipelines.labelled_arrays_builder',
   )
-  data = sources.load(source, data_dir=data_dir, manual_dir=manual_dir)
-  return *image_folder.splits(data, 0), data.classes
+  return sources.load(source, data_dir=data_dir, manual_dir=manual_dir)
 
 
 def read(path: pathlib.Path) -> LabelledArrays:
@@ -82,6 +90,9 @@ def read(path: pathlib.Path) -> LabelledArrays:
   Raises:
     DataError: the data are damaged.
   """
+  if path.suffix == '.npz':
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    return labelled_arrays.load(path, [('test', 'train')], CLASSES, like=pixels)
   with trees.entries(path) as tree:
     names = {pathlib.PurePosixPath(name).name for name, _ in tree}
   if f'{_TEST_BATCH}.bin' in names:

@@ -11,7 +11,7 @@ import warnings
 
 import numpy as np
 
-from input_pipelines import batching, mitbih_records, sources
+from input_pipelines import batching, labelled_arrays, mitbih_records, sources
 from input_pipelines.errors import DataError
 from input_pipelines.labelled_arrays import LabelledArrays
 from input_pipelines.mitbih_records import CLASSES, NUM_SAMPLES
@@ -39,9 +39,6 @@ def load(
 ) -> tuple[batching.ArraySplit, batching.ArraySplit, tuple[str, ...]]:
   """Loads heartbeats of 187 samples at 125 Hz.
 
-  `manual_dir` may hold PhysioNet's zip or the folder it unpacks to, or the published
-  pair `mitbih_train.csv` and `mitbih_test.csv`. Without any the zip is downloaded.
-
   Args:
     selection: 'full' has all 109,446 beats, 80/20 with the published number of each
       class (from records at random by `seed`, from CSV files as they are); 'paper'
@@ -63,20 +60,30 @@ def load(
       f'dataset={selection!r} is no selection of heartbeats: choose one of '
       f'{", ".join(SELECTIONS)}.'
     )
-  source = sources.Source(
-    name='mitbih',
-    files=[(f'{_NAME}.zip',), (_NAME,), _CSV],
-    url=_URL,
-    parse=read,
-    builder='input_pipelines.labelled_arrays_builder',
-  )
-  data = sources.load(source, data_dir=data_dir, manual_dir=manual_dir)
+  data = load_arrays(data_dir=data_dir, manual_dir=manual_dir)
   train, test = _split(data, selection, np.random.SeedSequence(seed, spawn_key=(0,)))
   return batching.ArraySplit(*train), batching.ArraySplit(*test), data.classes
 
 
+def load_arrays(*, data_dir: str = '', manual_dir: str = '') -> LabelledArrays:
+  """Loads all heartbeats, as `read` returns them.
+
+  `manual_dir` may hold PhysioNet's zip or the folder it unpacks to, the published pair
+  `mitbih_train.csv` and `mitbih_test.csv`, or a `mitbih.npz` of `labelled_arrays.save`.
+  Without any the zip is downloaded.
+  """
+  source = sources.Source(
+    name='mitbih',
+    files=[(f'{_NAME}.zip',), ('mitbih.npz',), (_NAME,), _CSV],
+    url=_URL,
+    parse=read,
+    builder='input_pipelines.labelled_arrays_builder',
+  )
+  return sources.load(source, data_dir=data_dir, manual_dir=manual_dir)
+
+
 def read(*paths: pathlib.Path) -> LabelledArrays:
-  """Reads and validates records (one path), or the pair of CSV files.
+  """Reads and validates records or an npz file (one path), or the pair of CSV files.
 
   Returns:
     The part `beats` with an array `records`, or the parts `train` and `test`.
@@ -84,6 +91,10 @@ def read(*paths: pathlib.Path) -> LabelledArrays:
   Raises:
     DataError: the data are damaged.
   """
+  if paths[0].suffix == '.npz':
+    samples = np.zeros(NUM_SAMPLES, np.float32)
+    parts = [('beats',), ('test', 'train')]
+    return labelled_arrays.load(paths[0], parts, CLASSES, like=samples)
   if len(paths) == 1:
     return LabelledArrays({'beats': mitbih_records.read(paths[0])}, CLASSES)
   parts = zip(('train', 'test'), paths, strict=True)
@@ -193,12 +204,12 @@ def _fewer_normal(
 
 
 def _by_patient(data: LabelledArrays):
-  if 'beats' not in data.parts:
+  beats = data.parts.get('beats', {})
+  if 'records' not in beats:
     raise DataError(
       'dataset=inter_patient needs to know the patients, which CSV files do not tell: '
       f'put {_NAME}.zip into --manual_dir.'
     )
-  beats = data.parts['beats']
   missing = sorted({*_DS1, *_DS2} - set(beats['records'].tolist()))
   if missing:
     raise DataError(

@@ -51,7 +51,7 @@ def load(source: Source, *, data_dir: str = '', manual_dir: str = '') -> Any:
 
   In order: the set prepared in `data_dir`; the publisher's files in `manual_dir`; a
   download. Files in `manual_dir` that differ from those the prepared set was made from
-  take its place, once they have been found to be whole.
+  take its place, once they have been found to be whole. An npz file is read as it is.
 
   Args:
     source: what to look for.
@@ -69,6 +69,8 @@ def load(source: Source, *, data_dir: str = '', manual_dir: str = '') -> Any:
   prepared = root / source.builder.rpartition('.')[2].removesuffix('_builder')
   prepared = prepared / source.name / _VERSION
   paths = _present(source, manual)
+  if paths and paths[0].suffix == '.npz':
+    return source.parse(*paths)
   if paths:
     digest = _digest(paths)
     if _prepared_digest(builder, prepared) != digest:
