@@ -5,9 +5,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help quickstart test test-slow lint format bench bench-peers clean
+.PHONY: help quickstart test test-slow lint format bench bench-peers table1 clean
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "sam_jax needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": run make PYTHON=python3.11")'
@@ -49,6 +49,9 @@ $(VENV)/peers.stamp: benchmarks/peers/requirements.txt | $(VENV)/bin/python
 
 bench-peers: $(VENV)/app.stamp $(VENV)/peers.stamp  ## an epoch against PyTorch Geometric (MANUAL_DIR=DIR)
 	$(PY) -m benchmarks.gcn_epoch --manual_dir=$(MANUAL_DIR) --peer_python=$(VENV)/peers/bin/python
+
+table1: $(VENV)/app.stamp  ## Table I of the paper beside the published one (MANUAL_DIR=DIR)
+	JAX_PLATFORMS= $(PY) -m benchmarks.table_one --manual_dir=$(MANUAL_DIR) --out=$(RUNS)/table_one $(TABLE1_FLAGS)
 
 clean:  ## remove .venv and caches, keep runs
 	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache .hypothesis
