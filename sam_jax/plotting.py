@@ -324,7 +324,7 @@ def _paint_surface(ax: Axes, item: Landscape, levels: np.ndarray):
   ax.locator_params(nbins=5)
   ax.view_init(elev=35, azim=-60)
   # Room for the labels of the axes, which the layout does not see.
-  ax.set_box_aspect(None, zoom=0.8)
+  ax.set_box_aspect(None, zoom=0.8 if item.explained else 0.9)
   return drawn
 
 

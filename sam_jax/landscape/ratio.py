@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +18,8 @@ from sam_jax.landscape import record as record_lib
 from sam_jax.landscape.result import Landscape
 
 EIGEN_RATIO = 'lambda_min/lambda_max'
+# How much of a random vector, of length about 1, is in the start of a search.
+_RANDOM = 0.1
 
 
 def eigen_ratio(
@@ -39,8 +43,8 @@ def eigen_ratio(
   A value near 0 says that no negative curvature is to be seen beside the largest
   positive one, as in a convex region. The extremes are the algebraic ones, each to
   ``tol * max(|lambda_min|, |lambda_max|)``; where the ratio is below 1 that is its
-  error, about. Each point is a search of its own from the same start vector, so the
-  result does not depend on their order.
+  error, about. Each search starts from the pairs of the point before, which takes a
+  third fewer products.
 
   Args:
     loss_fn: ``loss_fn(params, batch) -> scalar``, the mean loss over the batch.
@@ -55,6 +59,8 @@ def eigen_ratio(
     max_num_matvecs: most Hessian-vector products for one point.
     labels: what the directions are.
     record: as for `surface`; ``tol``, ``key`` and ``max_num_matvecs`` must agree too.
+      The start of the next search is kept beside it, as ``*.start.npz``, until all
+      points are done.
     progress: called with the number of points done and of all points.
 
   Returns:
@@ -81,29 +87,110 @@ def eigen_ratio(
   search = tol, max_num_matvecs, jax.random.key_data(key)
   facts = EIGEN_RATIO, coordinates, params, directions, total, search
   with record_lib.Record(record, len(coordinates), facts) as finished:
+    chain = _Chain(finished, jax.tree.structure(params), key)
     for index in finished.missing:
       moved = directions_lib.move(params, directions, tuple(coordinates[index]))
       operator = curvature.hessian(loss_fn, moved, batches, weight=weight)
-      finished.add(index, _ratio(operator, tol, key, max_num_matvecs))
+      chain.add(index, *_ratio(operator, tol, key, max_num_matvecs, chain.start))
       if progress is not None:
         progress(len(finished.values), len(coordinates))
+    chain.remove()
     ratio = finished.array((len(y), len(x)))
   return Landscape(x=x, y=y, loss=ratio, labels=tuple(labels), value=EIGEN_RATIO)
 
 
 def _ratio(
-  operator: curvature.Operator, tol: float, key: jax.Array, max_num_matvecs: int
-) -> float:
-  """The ratio of one Hessian; NaN if it cannot be told."""
+  operator: curvature.Operator,
+  tol: float,
+  key: jax.Array,
+  max_num_matvecs: int,
+  start: Any,
+) -> tuple[float, tuple[Any, ...]]:
+  """The ratio of one Hessian, NaN if it cannot be told, and the eigenvectors."""
   try:
     pairs = curvature.eigenpairs(
-      operator, 1, tol=tol, key=key, max_num_matvecs=max_num_matvecs, verify=False
+      operator,
+      1,
+      tol=tol,
+      key=key,
+      start=start,
+      max_num_matvecs=max_num_matvecs,
+      verify=False,
     )
   except curvature.NonFiniteError:
-    return np.nan
+    return np.nan, ()
   largest, smallest = pairs.eigenvalues[0], pairs.eigenvalues[-1]
   if not pairs.converged.all():
-    return np.nan
-  if abs(largest) <= np.finfo(operator.dtype).eps * pairs.scale:
-    return np.inf if pairs.scale else 0.0
-  return float(abs(smallest / largest))
+    ratio = np.nan
+  elif abs(largest) <= np.finfo(operator.dtype).eps * pairs.scale:
+    ratio = np.inf if pairs.scale else 0.0
+  else:
+    ratio = float(abs(smallest / largest))
+  return ratio, pairs.eigenvectors
+
+
+class _Chain:
+  """Points of which each search starts from the last, in a run that can be killed.
+
+  A file beside the record holds the last point and the start of the next search. It is
+  replaced before the point is recorded, so that one of both always has it.
+
+  Attributes:
+    start: where the next search starts: the eigenvectors of the last with some of a
+      random vector, without which it stays in a space that the Hessian maps into
+      itself. None where there is no last.
+  """
+
+  def __init__(self, finished: record_lib.Record, treedef: Any, key: jax.Array):
+    self.start = None
+    self._finished = finished
+    self._treedef = treedef
+    self._key = key
+    self._path = None
+    if finished.path is not None:
+      self._path = pathlib.Path(f'{os.fspath(finished.path)}.start.npz')
+      if self._path.exists():
+        self._restore()
+
+  def add(self, index: int, value: float, eigenvectors: tuple[Any, ...]) -> None:
+    """Keeps a finished point, and what its eigenvectors make as a start."""
+    if eigenvectors:
+      self.start = _mix(eigenvectors, self._key)
+    if self._path is not None:
+      partial = self._path.with_suffix('.partial.npz')
+      leaves = jax.tree.leaves(self.start)
+      np.savez(partial, *leaves, digest=self._finished.digest, index=index, value=value)
+      partial.replace(self._path)
+    self._finished.add(index, value)
+
+  def remove(self) -> None:
+    """Every point is done."""
+    if self._path is not None:
+      self._path.unlink(missing_ok=True)
+
+  def _restore(self) -> None:
+    missing = self._finished.missing
+    with np.load(self._path) as arrays:
+      index = int(arrays['index'])
+      last = bool(missing) and index in (missing[0] - 1, missing[0])
+      if str(arrays['digest']) != self._finished.digest or not last:
+        return
+      leaves = [arrays[f'arr_{i}'] for i in range(len(arrays.files) - 3)]
+      if leaves:
+        self.start = jax.tree.unflatten(self._treedef, leaves)
+      if index == missing[0]:
+        self._finished.add(index, float(arrays['value']))
+
+
+@jax.jit
+def _mix(eigenvectors, key):
+  leaves, treedef = jax.tree.flatten(eigenvectors[0])
+  scale = _RANDOM / np.sqrt(sum(leaf.size for leaf in leaves))
+  keys = jax.random.split(key, len(leaves))
+  start = [
+    scale * jax.random.normal(k, leaf.shape, leaf.dtype)
+    for k, leaf in zip(keys, leaves, strict=True)
+  ]
+  return jax.tree.map(
+    lambda *parts: sum(parts), jax.tree.unflatten(treedef, start), *eigenvectors
+  )

@@ -22,6 +22,8 @@ class Record:
   something else is started anew.
 
   Attributes:
+    path: the file, or None.
+    digest: what tells one landscape from another; empty without a file.
     num_points: of the whole landscape.
     values: the finished ones, by index.
   """
@@ -34,12 +36,15 @@ class Record:
       num_points: of the whole landscape.
       facts: pytree of arrays, numbers and text that tells one landscape from another.
     """
+    self.path = path
+    self.digest = ''
     self.num_points = num_points
     self.values: dict[int, float] = {}
     self._file = None
     if path is not None:
+      self.digest = _digest(facts)
       self._file = open(path, 'a+b')  # noqa: SIM115
-      self._restore(f'sam_jax landscape 1 {_digest(facts)}\n'.encode())
+      self._restore(f'sam_jax landscape 1 {self.digest}\n'.encode())
 
   def __enter__(self) -> Record:
     return self

@@ -69,6 +69,50 @@ def test_a_network_against_its_dense_hessian(x64, tmp_path):
   assert len(seen) == 12
 
 
+class Interrupted(Exception):
+  """Stands for whatever ends a run."""
+
+
+@pytest.mark.parametrize('lost', [0, 1, 2])
+def test_an_interrupted_map_has_the_same_bits(x64, tmp_path, lost):
+  """Killed after a point, or before the point was recorded; or the record is torn."""
+  params = _parameters()
+  directions = landscape.random_directions(jax.random.key(0), params)
+  record = tmp_path / 'points'
+
+  def evaluate(path, progress=None):
+    return landscape.eigen_ratio(
+      _network,
+      params,
+      directions,
+      _X,
+      [0.0, 0.5],
+      _BATCHES,
+      record=path,
+      progress=progress,
+    ).loss
+
+  def stop(done, total):
+    if done == 4:
+      raise Interrupted
+
+  expected = evaluate(None)
+  with pytest.raises(Interrupted):
+    evaluate(record, stop)
+  lines = record.read_bytes().splitlines(keepends=True)
+  record.write_bytes(b''.join(lines[: len(lines) - lost]))
+  seen = []
+  got = evaluate(record, lambda *done: seen.append(done))
+  if lost < 2:
+    np.testing.assert_array_equal(got, expected)
+    assert seen == [(5, 6), (6, 6)]
+  else:
+    # The start is gone with the points: the numbers are as good, not the same.
+    np.testing.assert_allclose(got, expected, atol=2e-2)
+    assert seen == [(i, 6) for i in range(3, 7)]
+  assert list(tmp_path.iterdir()) == [record]
+
+
 def _diagonal(params, batch):
   """Its Hessian at x = 1 is diagonal: the batch."""
   return jnp.sum(jnp.mean(batch, 0) * params**3 / 6)
