@@ -24,6 +24,11 @@ _CHUNK = 4096
 # Streams of random vectors, so that functions given one key draw different ones: a
 # probe must not depend on the vectors it is made orthogonal to.
 EIGENPAIRS_STREAM, DENSITY_STREAM, TRACE_STREAM = range(3)
+FROBENIUS_STREAM, DIAGONAL_STREAM = range(3, 5)
+
+# Gram-Schmidt: passes at most, and the share of the length that ends them.
+_MAX_PASSES, _ENOUGH = 3, 0.7
+_WORK_VECTORS = 6  # of a Lanczos step, beside the basis
 
 
 class NonFiniteError(ArithmeticError):
@@ -69,6 +74,30 @@ class Layout:
   @property
   def vector_bytes(self) -> int:
     return math.prod(self.shape) * self.dtype.itemsize
+
+  def rounded(self, num_vectors: int) -> int:
+    """So many vectors a basis of ``num_vectors`` takes: whole blocks."""
+    return -(-num_vectors // self.block) * self.block
+
+  def room(self, max_gib: float, num_vectors: int = 0) -> int:
+    """How many vectors of bases fit into memory, beside the work vectors.
+
+    Args:
+      max_gib: memory in GiB.
+      num_vectors: so many have to fit.
+
+    Raises:
+      ValueError: they do not; it names what is needed.
+    """
+    rows = int(max_gib * 2**30 / self.vector_bytes) - _WORK_VECTORS
+    if rows < num_vectors:
+      need = (num_vectors + _WORK_VECTORS) * self.vector_bytes / 2**30
+      raise ValueError(
+        f'max_basis_gib={max_gib:g}: {num_vectors} basis vectors of size '
+        f'{self.size:,} and {_WORK_VECTORS} to work with need {need:.2g} GiB; allow '
+        'that, or take fewer'
+      )
+    return rows // self.block * self.block
 
   def pack(self, tree: Any) -> jax.Array:
     """A pytree as a (chunks, chunk) array."""
@@ -150,19 +179,27 @@ class Basis:
 
 def orthogonalise(
   vector: jax.Array, *bases: Basis
-) -> tuple[jax.Array, list[np.ndarray]]:
-  """Two passes of classical Gram-Schmidt; donates the vector.
+) -> tuple[jax.Array, list[np.ndarray], float]:
+  """Classical Gram-Schmidt, until a pass leaves nothing but rounding; donates.
+
+  A pass that leaves most of the length has lost no digits ("twice is enough").
 
   Returns:
-    The rest of the vector and, for each basis, the coefficients taken out of it.
+    The rest of the vector, for each basis the coefficients taken out of it, and the
+    norm of the rest.
   """
   totals = [np.zeros(basis.size) for basis in bases]
-  for _ in range(2):
+  left = norm(vector)
+  for _ in range(_MAX_PASSES):
+    before = left
     found = [basis.coefficients(vector) for basis in bases]
     for basis, total, coefficients in zip(bases, totals, found, strict=True):
       vector = basis.subtract(vector, coefficients)
       total += coefficients
-  return vector, totals
+    left = norm(vector)
+    if not left < _ENOUGH * before:
+      break
+  return vector, totals, left
 
 
 def orthonormal(vector: jax.Array, *bases: Basis) -> jax.Array:
@@ -177,9 +214,8 @@ def orthonormal(vector: jax.Array, *bases: Basis) -> jax.Array:
     before = norm(vector)
     if not 0 < before < np.inf:
       raise NonFiniteError(f'a vector has norm {before}: give one finite and not 0')
-    vector, _ = orthogonalise(rescale(vector, 1 / before), *bases)
-    after = norm(vector)
-    if after > 0.9:
+    vector, _, after = orthogonalise(rescale(vector, 1 / before), *bases)
+    if after > _ENOUGH:
       break
   return rescale(vector, 1 / after)
 

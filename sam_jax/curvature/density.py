@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -10,8 +11,11 @@ import numpy as np
 from sam_jax.curvature import basis as basis_lib
 from sam_jax.curvature import eigen, estimates, lanczos, operators
 
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
-_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+# In the band also stands so much of the height of one eigenvalue: Ritz values are not
+# more exact than that.
+_FLOOR = 1e-3
+_TAIL = 0.025  # probability on each side of the band
+_QUANTILE = 1.959964  # of the normal distribution, at 1 - _TAIL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +29,8 @@ class SpectralDensity:
       1 - c / size.
     grid: float64 (g,), eigenvalues at which the density is given.
     density: float64 (g,), smoothed by a normal kernel; the mean over probes.
-    lower: float64 (g,), pointwise 95 % band of that mean, NaN with a single probe.
+    lower: float64 (g,), pointwise 95 % band of the density, from the distribution of
+      random probes: it holds for one probe too.
     upper: float64 (g,), the band's upper side.
     sigma: standard deviation of the kernel.
     size: number of eigenvalues.
@@ -62,7 +67,7 @@ def spectral_density(
   tol: float = 1e-4,
   max_basis_gib: float = 8.0,
 ) -> SpectralDensity:
-  r"""Density of the eigenvalues, with a band over the probes.
+  r"""Density of the eigenvalues, with a band of its error.
 
   .. math:: \phi(x) = \frac1n \sum_{i=1}^n N(x; \lambda_i, \sigma^2)
 
@@ -71,17 +76,29 @@ def spectral_density(
   orthogonal to them. Without ``pairs`` those that the first probe's Lanczos run finds
   are taken.
 
+  The band needs no spread over probes. A probe's density at x is
+  :math:`z^T K z` with z uniform on the unit sphere and :math:`K = N(x; A, \sigma^2)`;
+  its mean and its variance,
+
+  .. math:: \mathrm{Var}\, z^T K z = \frac{2}{n + 2}
+            \Big(\frac{\mathrm{tr} K^2}{n} - \Big(\frac{\mathrm{tr} K}{n}\Big)^2\Big),
+
+  both follow from the quadrature, and its distribution is near the gamma distribution
+  with these two.
+
   Args:
     operator: a symmetric operator of size n.
     num_matvecs: Lanczos steps a probe.
-    num_probes: number of random probes; the band needs at least 2.
+    num_probes: number of random probes; the band narrows with its square root.
     key: typed PRNG key; None is ``jax.random.key(0)``.
     pairs: eigenpairs that are known already; the converged ones are used.
     sigma: standard deviation of the smoothing kernel; None is the range of the
       eigenvalues that are not outliers over num_matvecs, what so many steps resolve.
     tol: the residual, relative to the largest |theta|, at which a pair counts as
       converged.
-    max_basis_gib: memory for the basis in GiB.
+    max_basis_gib: memory in GiB for num_matvecs Lanczos vectors, the eigenvectors of
+      the outliers and the work vectors. Without ``pairs`` only so many outliers are
+      placed exactly as it leaves room for.
 
   Returns:
     The density.
@@ -108,18 +125,18 @@ def spectral_density(
   key = basis_lib.stream(key, basis_lib.DENSITY_STREAM)
   first = operator.num_matvecs
   layout = basis_lib.Layout.of(operator.structure)
-  need = (2 * num_matvecs + 6) * layout.vector_bytes / 2**30
-  if need > max_basis_gib:
-    raise ValueError(
-      f'max_basis_gib={max_basis_gib:g}: {num_matvecs} Lanczos vectors of size '
-      f'{operator.size:,} need {need:.2g} GiB; allow that, or take fewer'
-    )
+  least = layout.rounded(num_matvecs)
   quadratures = []
   if pairs is None:
-    outliers, locked, quadrature = _first_probe(operator, layout, num_matvecs, key, tol)
+    # What is left holds the outliers; those for which there is no room are not placed.
+    left = layout.room(max_basis_gib, least) - least
+    outliers, locked, quadrature = _first_probe(
+      operator, layout, num_matvecs, key, tol, left
+    )
     quadratures.append(quadrature)
   else:
-    outliers, locked = pairs.known(layout)
+    layout.room(max_basis_gib, least + layout.rounded(int(pairs.converged.sum())))
+    outliers, _, locked = pairs.known(layout)
   share = 1 - len(outliers) / operator.size
   for index in range(len(quadratures), num_probes if share > 0 else 0):
     start = layout.normal(jax.random.fold_in(key, index))
@@ -131,8 +148,8 @@ def spectral_density(
   return _smooth(outliers, nodes, weights, sigma, num_matvecs, operator, first)
 
 
-def _first_probe(operator, layout, num_matvecs, key, tol):
-  """Outliers, their basis, and the quadrature of one probe without them."""
+def _first_probe(operator, layout, num_matvecs, key, tol, most):
+  """So many outliers at most, their basis, and one probe's quadrature of the rest."""
   decomposition = lanczos.Decomposition(
     operator, layout.normal(jax.random.fold_in(key, 0))
   )
@@ -142,7 +159,9 @@ def _first_probe(operator, layout, num_matvecs, key, tol):
   converged = bounds <= tol * np.abs(values).max()
   # A weight far above 1/n is a repeated eigenvalue, such as 0, and no single outlier.
   single = (weights <= 30 / operator.size) | (len(values) == operator.size)
-  chosen = converged & single
+  candidates = np.flatnonzero(converged & single)
+  chosen = np.zeros(len(values), bool)
+  chosen[candidates[np.argsort(-np.abs(values[candidates]))[:most]]] = True
   locked = decomposition.basis.combine(vectors[:, chosen])
   share = 1 - chosen.sum() / operator.size
   rest = weights[~chosen]
@@ -176,41 +195,58 @@ def _smooth(outliers, nodes, weights, sigma, num_matvecs, operator, first):
     raise ValueError(f'sigma={sigma}: give a standard deviation above 0')
   count = int(np.ceil((high - low + 8 * sigma) / (sigma / 4))) + 1
   grid = np.linspace(low - 4 * sigma, high + 4 * sigma, count)
-  exact = np.zeros(count)
-  for value in outliers:
-    exact += _kernel(grid, value, sigma) / operator.size
-  curves = (
-    np.stack(
-      [
-        exact
-        + sum(
-          (w * _kernel(grid, x, sigma) for x, w in zip(*row, strict=True)),
-          np.zeros(count),
-        )
-        for row in zip(nodes, weights, strict=True)
-      ]
-    )
-    if len(nodes)
-    else exact[None]
-  )
-  mean, error = _mean_and_error(curves)
-  margin = _student(len(curves) - 1) * error
+  placed = np.full(len(outliers), 1 / operator.size)
+  exact = _kernels(grid, outliers, placed, sigma)
+  mean, lower, upper = _band(grid, nodes, weights, sigma, operator.size - len(outliers))
+  floor = _FLOOR / (operator.size * sigma * np.sqrt(2 * np.pi))
   return SpectralDensity(
     outliers=outliers,
     nodes=nodes,
     weights=weights,
     grid=grid,
-    density=mean,
-    lower=np.maximum(mean - margin, 0),
-    upper=mean + margin,
+    density=exact + mean,
+    lower=np.maximum(exact + lower - floor, 0),
+    upper=exact + upper + floor,
     sigma=sigma,
     size=operator.size,
     num_matvecs=operator.num_matvecs - first,
   )
 
 
-def _kernel(grid, center, sigma):
-  return np.exp(-0.5 * ((grid - center) / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi))
+def _band(grid, nodes, weights, sigma, dimension):
+  """Mean over probes of the smoothed quadratures, and its 95 % band."""
+  count = max(len(nodes), 1)
+  mean = _kernels(grid, nodes, weights / count, sigma)
+  square = _kernels(grid, nodes, weights / count, sigma, power=2)
+  share = weights.sum() / count
+  # Degrees of freedom of the gamma distribution with this mean and variance: probes
+  # times eigenvalues that have a part in the density, so at least one a probe.
+  variance = np.maximum(share * square - mean**2, np.finfo(float).tiny)
+  freedom = np.maximum(count * (dimension + 2) * mean**2 / variance, count)
+  low, high = _chi_square_quantiles(freedom)
+  return mean, mean * freedom / high, mean * freedom / low
+
+
+def _kernels(grid, centers, weights, sigma, power=1):
+  """A sum of normal densities, each to a power."""
+  total = np.zeros(len(grid))
+  for center, weight in zip(centers.ravel(), weights.ravel(), strict=True):
+    kernel = np.exp(-0.5 * ((grid - center) / sigma) ** 2) / (
+      sigma * np.sqrt(2 * np.pi)
+    )
+    total += weight * kernel**power
+  return total
+
+
+def _chi_square_quantiles(freedom: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The quantiles that leave 2.5 % on either side, within 8 % from 1 degree on."""
+  # Wilson and Hilferty's approximation; below, also the leading term of the
+  # distribution function, which is a lower bound too and better for few degrees.
+  spread = _QUANTILE * np.sqrt(2 / (9 * freedom))
+  center = 1 - 2 / (9 * freedom)
+  leading = 2 / freedom * (math.log(_TAIL) + np.vectorize(math.lgamma)(freedom / 2 + 1))
+  low = np.maximum(freedom * np.maximum(center - spread, 0) ** 3, 2 * np.exp(leading))
+  return low, freedom * (center + spread) ** 3
 
 
 def _mean_and_error(samples):
@@ -218,14 +254,3 @@ def _mean_and_error(samples):
   count = len(samples)
   spread = samples.std(0, ddof=1) if count > 1 else np.full(samples.shape[1:], np.nan)
   return samples.mean(0), spread / np.sqrt(count)
-
-
-def _student(freedom: int) -> float:
-  if freedom < 1:
-    return np.nan
-  if freedom <= len(_STUDENT):
-    return _STUDENT[freedom - 1]
-  z = 1.959964
-  return (
-    z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-  )

@@ -43,6 +43,7 @@ class Decomposition:
     self.exhausted = False
     self._norm = scale
     self._restarted = False
+    self._previous: jax.Array | None = None
     self._next = basis_lib.orthonormal(start, self.locked, self.basis)
 
   @property
@@ -55,8 +56,15 @@ class Decomposition:
     vector = self._next
     self.basis.append(vector)
     image = self.layout.pack(self.operator.matvec(self.layout.unpack(vector)))
-    rest, (_, inside) = basis_lib.orthogonalise(image, self.locked, self.basis)
-    beta = basis_lib.norm(rest)
+    # The recurrence first: what it leaves is almost orthogonal to the basis, and then
+    # one pass over all of it is enough.
+    alpha = basis_lib.dot(vector, image)
+    rest = basis_lib.add_scaled(image, -alpha, vector)
+    if self._previous is not None:
+      rest = basis_lib.add_scaled(rest, -self.coupling[-1], self._previous)
+    self._previous = vector
+    rest, (_, inside), beta = basis_lib.orthogonalise(rest, self.locked, self.basis)
+    inside[size] += alpha
     if not (np.isfinite(beta) and np.isfinite(inside).all()):
       raise basis_lib.NonFiniteError(
         'a product with the operator is not finite: the parameters, the data or the '
@@ -74,7 +82,7 @@ class Decomposition:
       self.exhausted = True
     else:
       self.coupling[size] = beta
-      # Two passes leave errors of eps * |rest|, unless all but rounding was taken out.
+      # The passes leave errors of eps * |rest|, unless all but rounding was taken out.
       small = beta <= np.sqrt(np.finfo(self.layout.dtype).eps) * self._norm
       self._next = basis_lib.rescale(rest, 1 / beta)
       if small:
@@ -120,6 +128,7 @@ class Decomposition:
     self.projected = np.diag(values)
     self.coupling = self.coupling @ vectors
     self._restarted = True
+    self._previous = None
 
   @property
   def _full(self) -> bool:

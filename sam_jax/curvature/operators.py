@@ -96,6 +96,9 @@ def operator(matvec: Callable[[Params], Params], like: Params) -> Operator:
 class HessianOperator(Operator):
   """The Hessian of a loss over a data set; made by `hessian`.
 
+  `gauss_newton` and `empirical_fisher` make one too, of a loss whose network is
+  replaced by its tangent.
+
   Attributes:
     params: where the Hessian is taken.
     num_examples: the sum of the weights of the batches.
@@ -117,7 +120,7 @@ class HessianOperator(Operator):
     super().__init__(self._product, self.params)
 
   def _product(self, vector: Params) -> Params:
-    total = jax.tree.map(jnp.zeros_like, self.params)
+    total = _zeros(self.params)
     for index, (batch, fraction) in enumerate(self._batches):
       if index not in self._linear:
         self._linearize(index, batch)
@@ -192,49 +195,27 @@ def hessian(
   )
 
 
-def preconditioned(inner: Operator, scale: Params) -> Operator:
-  r"""The operator between two copies of a diagonal matrix, :math:`D A D`.
-
-  With :math:`D = |w|` and the Hessian this is the curvature that ASAM measures: it
-  does not change when a ReLU network's layers are rescaled without changing its
-  function. With :math:`D = P^{-1/2}` it is the curvature an adaptive optimizer with
-  preconditioner :math:`P` sees.
-
-  Args:
-    inner: the operator :math:`A`.
-    scale: the diagonal of :math:`D`, a pytree like a vector of ``inner``.
-
-  Returns:
-    The operator; a product with it is one product with ``inner``.
-
-  >>> import jax.numpy as jnp
-  >>> op = operator(lambda v: 2 * v, jnp.zeros(2))
-  >>> preconditioned(op, jnp.array([1., 3.])).matvec(jnp.ones(2)).tolist()
-  [2.0, 18.0]
-
-  References:
-    Kwon et al., ASAM, arXiv 2102.11600.
-  """
-  scale = jax.tree.map(
-    lambda s, like: jnp.asarray(s, like.dtype), scale, inner.structure
-  )
-  return Operator(
-    lambda vector: _multiply(scale, inner.matvec(_multiply(scale, vector))),
-    inner.structure,
-  )
-
-
 class WeightedBatches:
   """Batches with the fraction of all examples that each holds.
 
   Iterating gives ``(batch, fraction)``; batches without an example are left out.
+
+  Args:
+    batches: pytrees of arrays.
+    weight: number of examples of a batch; None is its leading dimension.
+    sums: whether functions of a batch are sums over its examples, not their mean: the
+      fraction is then one example's.
 
   Attributes:
     total: number of examples in all batches.
   """
 
   def __init__(
-    self, batches: Iterable[Batch], weight: Callable[[Batch], float] | None = None
+    self,
+    batches: Iterable[Batch],
+    weight: Callable[[Batch], float] | None = None,
+    *,
+    sums: bool = False,
   ):
     self._weight = weight or _leading_dimension
     if isinstance(batches, list | tuple | Iterator):
@@ -251,7 +232,7 @@ class WeightedBatches:
       raise ValueError(
         'batches holds no examples: give at least one batch with a weight above 0'
       )
-    self._fractions = [w / self.total for w in weights]
+    self._fractions = [(bool(w) if sums else w) / self.total for w in weights]
 
   def __iter__(self) -> Iterator[tuple[Batch, float]]:
     for batch, fraction in zip(self._batches, self._fractions, strict=True):
@@ -265,6 +246,11 @@ def _add_product(loss_fn, params, batch, vector, total, fraction):
   return jax.tree.map(lambda t, p: t + fraction * p, total, product)
 
 
+@jax.jit
+def _zeros(params):
+  return jax.tree.map(jnp.zeros_like, params)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _linear_gradient(loss_fn, params, batch):
   # The function that linearize returns is a pytree of its residuals.
@@ -274,11 +260,6 @@ def _linear_gradient(loss_fn, params, batch):
 @functools.partial(jax.jit, donate_argnums=2)
 def _add_linear(linear, vector, total, fraction):
   return jax.tree.map(lambda t, p: t + fraction * p, total, linear(vector))
-
-
-@jax.jit
-def _multiply(scale, vector):
-  return jax.tree.map(jnp.multiply, scale, vector)
 
 
 def _leading_dimension(batch: Batch) -> int:

@@ -1,5 +1,7 @@
 """Extreme eigenpairs against dense and other solvers, and closed forms."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import matfree.decomp
@@ -195,3 +197,30 @@ def test_wrong_arguments_are_named(arguments, message):
   operator = _diagonal(np.ones(100), jnp.float32)
   with pytest.raises(ValueError, match=message):
     curvature.eigenpairs(operator, **{'k': 3, **arguments})
+
+
+def test_saved_eigenpairs_are_read_bit_for_bit(network, tmp_path):
+  operator, _, _ = network
+  pairs = curvature.eigenpairs(operator, 2, tol=1e-6)
+  path = tmp_path / 'pairs.npz'
+  pairs.save(path)
+  read = curvature.load_eigenpairs(path, operator.structure)
+  assert jax.tree.structure(read.eigenvectors) == jax.tree.structure(pairs.eigenvectors)
+  for field in dataclasses.fields(pairs):
+    old, new = (getattr(x, field.name) for x in (pairs, read))
+    jax.tree.map(np.testing.assert_array_equal, old, new)
+    assert type(old) is type(new)
+  warm = curvature.eigenpairs(operator, 2, tol=1e-5, start=read, verify=False)
+  assert warm.num_matvecs < pairs.num_matvecs / 2
+  with pytest.raises(ValueError, match=r'pairs.npz holds .* like= has'):
+    curvature.load_eigenpairs(path, jnp.zeros(148))
+
+
+def test_saved_eigenvectors_keep_narrow_types(tmp_path):
+  values = jnp.array([3.0, 1.0, 0.5], jnp.bfloat16)
+  operator = curvature.operator(lambda v: values * v, values)
+  pairs = curvature.eigenpairs(operator, 1, 'largest', tol=0.1)
+  pairs.save(tmp_path / 'pairs.npz')
+  read = curvature.load_eigenpairs(tmp_path / 'pairs.npz', values)
+  assert read.eigenvectors[0].dtype == jnp.bfloat16
+  np.testing.assert_array_equal(read.eigenvectors[0], pairs.eigenvectors[0])

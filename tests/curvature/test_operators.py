@@ -142,7 +142,7 @@ def test_preconditioned_top_eigenvalue_is_invariant_to_rescaling(x64):
   params = [jax.random.normal(keys[0], (4, 6)), jax.random.normal(keys[1], (6, 2))]
   plain, adaptive = sharpness(params)
   plain_rescaled, adaptive_rescaled = sharpness([10 * params[0], params[1] / 10])
-  np.testing.assert_allclose(adaptive_rescaled, adaptive, rtol=1e-8)
+  np.testing.assert_allclose(adaptive_rescaled, adaptive, rtol=1e-10)
   assert plain_rescaled > 5 * plain
 
 
