@@ -168,10 +168,12 @@ def _convolutions(train):
 @pytest.mark.parametrize(
   'network',
   [
-    pytest.param(_attention, id='attention'),
+    pytest.param(_attention, id='attention', marks=pytest.mark.slow),
     pytest.param(_gcn, id='gcn'),
     pytest.param(lambda: _convolutions(False), id='batch-norm-eval'),
-    pytest.param(lambda: _convolutions(True), id='batch-norm-train'),
+    pytest.param(
+      lambda: _convolutions(True), id='batch-norm-train', marks=pytest.mark.slow
+    ),
   ],
 )
 def test_networks_equal_their_dense_hessian(network):

@@ -46,6 +46,7 @@ def _run(path, kill_at=0):
   )
 
 
+@pytest.mark.slow
 def test_killed_eigenpairs_end_bit_for_bit_as_uninterrupted_ones(tmp_path):
   whole = _run(tmp_path / 'whole')
   assert whole.returncode == 0, whole.stderr

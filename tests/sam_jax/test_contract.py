@@ -108,7 +108,17 @@ CASES = [
   ),
 ]
 
-each_method = pytest.mark.parametrize('case', CASES, ids=lambda c: c.name)
+# Instances of what others show already; they run with the slow tests.
+_SLOW = ('frob_sam', 'det_sam', 'm_sharpness_of_looksam')
+each_method = pytest.mark.parametrize(
+  'case',
+  [
+    pytest.param(
+      case, id=case.name, marks=[pytest.mark.slow] if case.name in _SLOW else []
+    )
+    for case in CASES
+  ],
+)
 
 
 def init_params(dtype=jnp.float32):

@@ -149,6 +149,7 @@ sys.stdout.write(result.tobytes().hex())
 """
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle(tmp_path, expected):
   """A real process, killed twice and then left to finish."""
   record = tmp_path / 'points'

@@ -140,6 +140,7 @@ def test_several_steps_of_one_run(runs, capsys):
   assert 'has no checkpoint of step 7: it has 20, 40' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_landscape_along_a_trajectory(runs):
   flags = [*_FAST, '--landscape_directions=trajectory', '--vtk']
   assert _run(f'--workdir={runs / "adam"}', *flags) == 0
@@ -149,6 +150,7 @@ def test_the_landscape_along_a_trajectory(runs):
   assert (runs / 'adam/hessian/landscape.vtk').exists()
 
 
+@pytest.mark.slow
 def test_the_line_to_another_run(runs):
   flags = [*_FAST, f'--landscape_towards={runs / "sgd_1"}']
   assert _run(f'--workdir={runs / "sgd_0"}', *flags) == 0
@@ -161,6 +163,7 @@ def test_the_line_to_another_run(runs):
   assert found['line']['barrier'] > 0
 
 
+@pytest.mark.slow
 def test_adams_preconditioner_is_that_of_its_checkpoint(runs):
   flags = [*_FAST, '--preconditioner=adam', '--landscape_points=0']
   assert _run(f'--workdir={runs / "adam"}', *flags) == 0

@@ -8,7 +8,7 @@ from training import Config, loop, metrics, optimizers, parallel, step
 from training.errors import UsageError
 
 # One of each shape by default, the rest with the slow tests.
-SHAPES = ('sam', 'looksam', 'msam')
+SHAPES = ('sam', 'msam')
 METHODS = [
   pytest.param(name, marks=[] if name in SHAPES else pytest.mark.slow)
   for name in sorted(optimizers.METHODS)
@@ -114,6 +114,7 @@ def test_phases_of_periodic_runs():
   assert optimizers.phase(config_of('graphsam'), 3, 3) is True
 
 
+@pytest.mark.slow
 def test_gsam_radius_follows_the_learning_rate(small, tmp_path):
   """rho is recorded between its bounds, in proportion to the rate."""
   config = config_of('gsam', gsam_rho_min=0.01, epochs=10)

@@ -122,7 +122,9 @@ def test_the_logged_loss_is_that_of_the_checkpoint(whole, small):
   np.testing.assert_allclose(final['test_accuracy'], accuracy, rtol=1e-6)
 
 
-@pytest.mark.parametrize('at', [0, 1, 3, 4, 8])
+@pytest.mark.parametrize(
+  'at', [1, 3, *(pytest.param(at, marks=pytest.mark.slow) for at in (0, 4, 8))]
+)
 def test_a_killed_run_ends_as_if_never_stopped(whole, small, tmp_path, at):
   def kill():
     raise _Killed
@@ -137,7 +139,9 @@ def test_a_killed_run_ends_as_if_never_stopped(whole, small, tmp_path, at):
   assert _outcome(workdir) == _outcome(whole)
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  'number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_first(whole, small, tmp_path, number):
   def send():
     os.kill(os.getpid(), number)

@@ -97,6 +97,7 @@ def test_the_bootstrap_spreads_as_the_curvature_of_examples(network, measured, x
   assert curvatures.mean() == pytest.approx(values[0])
 
 
+@pytest.mark.slow
 def test_batch_statistics_can_be_those_of_the_batch(network, tmp_path, x64):
   options = dataclasses.replace(_OPTIONS, batch_norm='train', batch_size=22)
   summary = sharpness.measure(network, tmp_path, options)

@@ -198,6 +198,7 @@ def test_a_killed_landscape_goes_on(network, tmp_path, monkeypatch):
     np.testing.assert_array_equal(first.loss, second.loss)
 
 
+@pytest.mark.slow
 def test_the_balls_are_those_of_the_library(network, tmp_path, x64):
   options = dataclasses.replace(
     _OPTIONS, worst_case_rho=0.1, worst_case_group=11, average_case_sigma=0.05

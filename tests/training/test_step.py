@@ -64,7 +64,7 @@ def _data(tree):
     ('sgd', 2),
     ('sam', 2),
     pytest.param('sam', 4, marks=pytest.mark.slow),
-    ('sam, synchronised', 4),
+    pytest.param('sam, synchronised', 4, marks=pytest.mark.slow),
     ('sam, groups', 2),
   ],
 )
