@@ -29,7 +29,7 @@ test: lint  ## lint, doctests and tests; under 8 minutes on 2 cores
 	$(PY) -m pytest -n 2 -m 'not slow' --doctest-modules --doctest-glob='*.md' sam_jax input_pipelines models training tasks docs tests
 
 test-slow: $(VENV)/dev.stamp  ## the tests marked slow
-	$(PY) -m pytest -m slow tests
+	$(PY) -m pytest -n 2 -m slow tests
 
 lint: $(VENV)/dev.stamp  ## ruff's checks and formatting
 	$(PY) -m ruff check .

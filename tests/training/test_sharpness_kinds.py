@@ -58,7 +58,7 @@ def dense(network):
     def of_logits(z):
       return losses.smoothed_kl(z, batch['labels'], 0.1)
 
-    jacobian = jax.jacobian(logits)(flat)
+    jacobian = jax.jit(jax.jacobian(logits))(flat)
     # The loss of an example depends on its own logits only.
     curved = jax.vmap(
       lambda z, label: jax.hessian(
@@ -66,8 +66,8 @@ def dense(network):
       )(z)
     )(logits(flat), jnp.asarray(batch['labels']))
     gauss_newton = jnp.einsum('nci,ncd,ndj->nij', jacobian, curved, jacobian)
-    gradients = jax.jacobian(lambda w: of_logits(logits(w)))(flat)
-    hessians = jax.hessian(lambda w: of_logits(logits(w)))(flat)
+    gradients = jax.jit(jax.jacobian(lambda w: of_logits(logits(w))))(flat)
+    hessians = jax.jit(jax.hessian(lambda w: of_logits(logits(w))))(flat)
     paths, _ = jax.tree_util.tree_flatten_with_path(params)
     names = np.concatenate(
       [
