@@ -28,7 +28,7 @@ FROBENIUS_STREAM, DIAGONAL_STREAM = range(3, 5)
 
 # Gram-Schmidt: passes at most, and the share of the length that ends them.
 _MAX_PASSES, _ENOUGH = 3, 0.7
-_WORK_VECTORS = 6  # of a Lanczos step, beside the basis
+_WORK_VECTORS = 7  # of a Lanczos step, beside the basis
 
 
 class NonFiniteError(ArithmeticError):

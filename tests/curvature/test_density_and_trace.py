@@ -100,7 +100,7 @@ def test_the_trace_makes_do_with_the_memory_there_is():
   operator = _operator(_SPECTRUM)
   vector_bytes = 4 * len(_SPECTRUM)
   products = {}
-  for room in (6, 6 + 16, 100):  # work vectors; and one block of 16; and plenty
+  for room in (7, 7 + 16, 100):  # work vectors; and one block of 16; and plenty
     estimate = curvature.trace(operator, 60, max_basis_gib=room * vector_bytes / 2**30)
     assert abs(estimate.value - _SPECTRUM.sum()) < 4 * estimate.standard_error
     assert estimate.num_matvecs == 60
@@ -116,12 +116,12 @@ def test_the_density_places_what_outliers_there_is_memory_for():
   gib = lambda vectors: vectors * 4 * len(_SPECTRUM) / 2**30
   plenty = curvature.spectral_density(operator, 30, 3)
   assert len(plenty.outliers) >= 5
-  none = curvature.spectral_density(operator, 30, 3, max_basis_gib=gib(32 + 6))
+  none = curvature.spectral_density(operator, 30, 3, max_basis_gib=gib(32 + 7))
   assert len(none.outliers) == 0
   np.testing.assert_allclose(none.weights.sum(1), 1, rtol=1e-12)
   assert none.nodes.max() == pytest.approx(30, abs=1e-3)
   with pytest.raises(ValueError, match='need .* GiB'):
-    curvature.spectral_density(operator, 30, 3, max_basis_gib=gib(32 + 5))
+    curvature.spectral_density(operator, 30, 3, max_basis_gib=gib(32 + 6))
 
 
 def test_the_band_of_one_probe_holds_for_few_eigenvalues():
