@@ -115,6 +115,40 @@ class Config:
   )
 
 
+_CHOICES = {
+  'schedule': SCHEDULES,
+  'dtype': DTYPES,
+  'adaptive_rule': ADAPTIVE_RULES,
+}
+_AT_LEAST_ONE = (
+  'epochs',
+  'batch_size',
+  'num_ascent_steps',
+  'looksam_every',
+  'graphsam_epochs',
+  'perturb_every',
+)
+_NOT_NEGATIVE = (
+  'learning_rate',
+  'warmup_epochs',
+  'weight_decay',
+  'm_sharpness',
+  'adaptive_eta',
+  'clip_norm',
+  'device_data_gib',
+  'seed',
+  'split_seed',
+  'log_every',
+  'checkpoint_every',
+  'keep_checkpoints',
+  'num_probes',
+  'perturb_from',
+  'perturb_until',
+)
+_BELOW_ONE = ('momentum', 'label_smoothing', 'wsam_gamma', 'friendly_decay')
+_SHARES = ('esam_beta', 'esam_gamma')
+
+
 def validate(config: Config) -> None:
   """Checks the values that need no other module.
 
@@ -125,33 +159,23 @@ def validate(config: Config) -> None:
     value = getattr(config, field.name)
     if isinstance(value, float) and not math.isfinite(value):
       raise UsageError(f'--{field.name}={value}: must be a finite number.')
-  for name in (
-    'epochs',
-    'batch_size',
-    'num_ascent_steps',
-    'looksam_every',
-    'graphsam_epochs',
-    'perturb_every',
+  for name, choices in _CHOICES.items():
+    require_choice(name, getattr(config, name), choices)
+  for names, allowed, reason in (
+    (_AT_LEAST_ONE, lambda x: x >= 1, 'must be at least 1'),
+    (_NOT_NEGATIVE, lambda x: x >= 0, 'must not be negative'),
+    (_BELOW_ONE, lambda x: 0 <= x < 1, 'must be at least 0 and below 1'),
+    (_SHARES, lambda x: 0 < x <= 1, 'must be above 0 and at most 1'),
+    (('seed', 'split_seed'), lambda x: x <= _MAX_SEED, f'must be at most {_MAX_SEED}'),
+    (('det_half_width',), lambda x: x > 0, 'must be positive'),
   ):
-    _require(config, name, getattr(config, name) >= 1, 'must be at least 1')
-  for name in (
-    'learning_rate',
-    'warmup_epochs',
-    'weight_decay',
-    'm_sharpness',
-    'adaptive_eta',
-    'clip_norm',
-    'device_data_gib',
-    'seed',
-    'split_seed',
-    'log_every',
-    'checkpoint_every',
-    'keep_checkpoints',
-    'num_probes',
-    'perturb_from',
-    'perturb_until',
-  ):
-    _require(config, name, getattr(config, name) >= 0, 'must not be negative')
+    for name in names:
+      _require(config, name, allowed(getattr(config, name)), reason)
+  _validate_together(config)
+
+
+def _validate_together(config: Config) -> None:
+  """Checks the radius, and the values that depend on others."""
   if config.rho is not None:
     _require(
       config,
@@ -159,23 +183,6 @@ def validate(config: Config) -> None:
       config.rho >= 0,
       'the radius must not be negative; 0 turns the perturbation off',
     )
-  for name, choices in (
-    ('schedule', SCHEDULES),
-    ('dtype', DTYPES),
-    ('adaptive_rule', ADAPTIVE_RULES),
-  ):
-    require_choice(name, getattr(config, name), choices)
-  for name in ('momentum', 'label_smoothing', 'wsam_gamma', 'friendly_decay'):
-    _require(
-      config, name, 0 <= getattr(config, name) < 1, 'must be at least 0 and below 1'
-    )
-  for name in ('seed', 'split_seed'):
-    small = getattr(config, name) <= _MAX_SEED
-    _require(config, name, small, f'must be at most {_MAX_SEED}')
-  for name in ('esam_beta', 'esam_gamma'):
-    share = getattr(config, name)
-    _require(config, name, 0 < share <= 1, 'must be above 0 and at most 1')
-  _require(config, 'det_half_width', config.det_half_width > 0, 'must be positive')
   if config.gsam_rho_min is not None:
     _require(
       config,

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from sam_jax import curvature
-from training import checkpoints, loop, losses, optimizers, parallel
+from training import checkpoints, loop, losses, optimizers, parallel, report
 from training import config as config_lib
 from training.config import Config
 from training.errors import UsageError
@@ -192,13 +192,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     rho = '-' if row['rho'] is None else f'{row["rho"]:g}'
     cells.append([row['optimizer'], rho, str(row['seeds'])])
     cells[-1] += [_cell(row, name) for name in columns]
-  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-  lines = [
-    '| ' + ' | '.join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + ' |'
-    for line in cells
-  ]
-  lines.insert(1, '| ' + ' | '.join('-' * width for width in widths) + ' |')
-  return '\n'.join(lines)
+  return report.markdown_table(cells)
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
