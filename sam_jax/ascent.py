@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sam_jax import perturbations
@@ -82,26 +83,75 @@ def scalar_dtype(params: optax.Params) -> jnp.dtype:
 
 
 def check_rho(rho: ScalarOrSchedule, name: str = 'rho') -> None:
-  """Raises for what cannot be a radius; arrays' values are not looked at.
+  """Raises for what cannot be a radius; the values of JAX arrays are not looked at.
 
   Raises:
     TypeError: neither a number, nor an array, nor a schedule.
-    ValueError: a negative or infinite number.
+    ValueError: a negative or infinite number, or an array that is no scalar.
   """
-  if not (callable(rho) or hasattr(rho, 'dtype') or isinstance(rho, (int, float))):
+  number = isinstance(rho, (int, float, np.ndarray, np.generic))
+  if isinstance(rho, bool) or not (callable(rho) or hasattr(rho, 'dtype') or number):
     raise TypeError(
       f'{name} must be a number, an array or a schedule, got {rho!r} of type '
       f'{type(rho).__name__}.'
     )
-  if isinstance(rho, (int, float)) and not 0 <= rho < math.inf:
+  if not callable(rho) and np.ndim(rho):
+    raise ValueError(
+      f'{name} must be a scalar, got shape {np.shape(rho)}: map over several radii '
+      'with jax.vmap.'
+    )
+  if number and not 0 <= rho < math.inf:
     raise ValueError(f'{name} must be at least 0 and finite, got {rho}: a radius.')
 
 
 def check_positive(**values: int | jax.Array) -> None:
-  """Raises ValueError for a Python number below 1; arrays are not looked at."""
+  """Checks numbers of updates; the values of JAX arrays are not looked at.
+
+  Raises:
+    TypeError: not a whole number.
+    ValueError: below 1.
+  """
   for name, value in values.items():
-    if isinstance(value, (int, float)) and not value >= 1:
-      raise ValueError(f'{name} must be at least 1, got {value}.')
+    if not isinstance(value, jax.Array):
+      check_whole(**{name: value})
+      if value < 1:
+        raise ValueError(f'{name} must be at least 1, got {value}.')
+
+
+def check_whole(**values: int) -> None:
+  """Raises TypeError for what is not a whole number."""
+  for name, value in values.items():
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+      raise TypeError(f'{name} must be a whole number, got {value!r}.')
+
+
+def check_transformation(value: Any, name: str) -> None:
+  """Raises TypeError unless a value is an optax transformation."""
+  if not (hasattr(value, 'init') and hasattr(value, 'update')):
+    raise TypeError(
+      f'{name} must be an optax transformation, got {value!r}: call the function that '
+      'makes it, as in optax.sgd(0.1).'
+    )
+
+
+def check_method_state(state: Any, wrapper: str) -> None:
+  """Checks that a state is that of a method which starts from the clean gradient.
+
+  Raises:
+    TypeError: it is that of a chain or of a base optimizer, or of a method that wraps
+      its base or takes its gradient elsewhere.
+  """
+  if not hasattr(state, 'perturbed_loss') and not hasattr(state, 'sam'):
+    raise TypeError(
+      f'{wrapper} takes one method of the family, such as sam(0.05), and got what has '
+      f'the state {type(state).__name__}: chains and base optimizers stand after it.'
+    )
+  if hasattr(state, 'gradient_point') or hasattr(state, 'inner'):
+    raise TypeError(
+      f'{wrapper} does not go with the method of {type(state).__name__}, which wraps '
+      'its base optimizer or takes its one gradient elsewhere: take one that starts '
+      'from the clean gradient, such as sam.'
+    )
 
 
 def static_int(name: str, value: int | None, default: int) -> int:
@@ -111,13 +161,13 @@ def static_int(name: str, value: int | None, default: int) -> int:
   """
   if value is None:
     return default
-  if not isinstance(value, int):
+  if isinstance(value, jax.Array):
     raise TypeError(
       f'{name} must be a Python int, got {type(value).__name__}: with '
       f"optax.inject_hyperparams name it in static_args=('{name}',)."
     )
   check_positive(**{name: value})
-  return value
+  return int(value)
 
 
 def resolve(value: ScalarOrSchedule, count: jax.Array) -> jax.Array | float:

@@ -20,6 +20,8 @@ class EsamState(NamedTuple):
   perturbed_loss: jax.Array
   key: jax.Array
 
+  chooses_examples = True
+
 
 def esam(
   rho: ascent.ScalarOrSchedule = 0.05,
@@ -98,7 +100,7 @@ def esam(
     **extra_args,
   ):
     del extra_args
-    if example_losses_fn is None:
+    if not callable(example_losses_fn):
       raise ValueError('esam requires example_losses_fn(params) -> (B,) losses.')
     next_key, mask_key = jax.random.split(state.key)
     radius = ascent.resolve(rho, state.count)
@@ -112,7 +114,9 @@ def esam(
     perturbed = ascent.perturb(params, eps)
     if example_losses is None:
       example_losses = example_losses_fn(params)
-    rise = example_losses_fn(perturbed) - example_losses
+    perturbed_losses = example_losses_fn(perturbed)
+    _check_shapes(perturbed_losses, example_losses, example_weights)
+    rise = perturbed_losses - example_losses
     if example_weights is not None:
       rise = jnp.where(example_weights > 0, rise, -jnp.inf)
     kept = max(1, int(gamma * rise.shape[0]))
@@ -136,6 +140,19 @@ def esam(
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_shapes(losses, example_losses, example_weights) -> None:
+  """Raises ValueError unless all of them are (B,)."""
+  found = {'example_losses_fn': losses, 'example_losses': example_losses}
+  if example_weights is not None:
+    found['example_weights'] = example_weights
+  for name, array in found.items():
+    if jnp.ndim(array) != 1 or jnp.shape(array) != jnp.shape(losses):
+      raise ValueError(
+        f'{name} must give one number an example, of shape (B,), got '
+        f'{jnp.shape(array)} beside {jnp.shape(losses)} losses at w + eps.'
+      )
 
 
 def _bernoulli(probability: float):

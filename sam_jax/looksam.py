@@ -22,6 +22,8 @@ class LookSamState(NamedTuple):
   perturbation: optax.OptState
   direction: optax.Updates
 
+  is_periodic = True
+
 
 def looksam(
   rho: ascent.ScalarOrSchedule = 0.05,

@@ -82,6 +82,7 @@ def msam(
     Overhead, 2024, algorithm 1 (arXiv:2401.12033).
   """
   ascent.check_rho(rho)
+  ascent.check_transformation(inner, 'inner')
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params):

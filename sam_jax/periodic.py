@@ -26,7 +26,8 @@ def periodic(
   that does not, None (the default) to decide by `jax.lax.cond` on the count.
 
   Args:
-    method: a method of the family; schedules of its rho see the count of all updates.
+    method: a method that starts from the clean gradient; not `looksam`, which has its
+      own period. Schedules of its rho see the count of all updates.
     every: period in updates; 1 runs it on every one.
     start: first update that runs it.
     stop: first update that does not any more; None for never.
@@ -37,6 +38,7 @@ def periodic(
 
   Raises:
     ValueError: every < 1, start < 0 or stop < start.
+    TypeError: not a method, or ``init`` with one that does not go with it.
 
   >>> import jax, jax.numpy as jnp, optax, sam_jax
   >>> loss = lambda w: jnp.sum(w ** 4)
@@ -51,11 +53,23 @@ def periodic(
   >>> radii
   [0.05, 0.0, 0.05, 0.0]
   """
+  ascent.check_transformation(method, 'method')
+  ascent.check_whole(every=every, start=start, stop=0 if stop is None else stop)
   if every < 1 or start < 0 or (stop is not None and stop < start):
     raise ValueError(
       'periodic needs every >= 1 and 0 <= start <= stop, got '
       f'every={every}, start={start}, stop={stop}.'
     )
+
+  def init_fn(params):
+    state = method.init(params)
+    ascent.check_method_state(state, 'periodic')
+    if hasattr(state, 'is_periodic'):
+      raise TypeError(
+        'periodic does not go with looksam, which has a period of its own, counted '
+        'over the same updates: choose one of the two.'
+      )
+    return state
 
   def update_fn(updates, state, params=None, *, phase=None, **extra_args):
 
@@ -74,4 +88,4 @@ def periodic(
       return jax.lax.cond(runs, active, passive)
     return active() if phase else passive()
 
-  return optax.GradientTransformationExtraArgs(method.init, update_fn)
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)

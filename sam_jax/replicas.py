@@ -56,8 +56,9 @@ def m_sharpness(
   updates are ignored, so the caller need not take the clean gradient.
 
   Args:
-    inner: any method of the family, `sam` for instance. All groups start from its
-      state; of the states they end with, floating-point leaves are averaged.
+    inner: a method that starts from the clean gradient, `sam` for instance; so not
+      `msam`, `graphsam`, `esam` or `decoupled_wsam`. All groups start from its state;
+      of the states they end with, floating-point leaves are averaged.
     num_groups: number of groups in a batch, n = batch / m.
 
   Returns:
@@ -65,6 +66,7 @@ def m_sharpness(
 
   Raises:
     ValueError: num_groups < 1; ``update`` without exactly one function.
+    TypeError: ``init`` with a method that does not go with groups.
 
   >>> import jax, jax.numpy as jnp, optax, sam_jax
   >>> x = jnp.arange(8.0).reshape(4, 2)  # 4 groups of 2 examples
@@ -79,8 +81,19 @@ def m_sharpness(
     Foret et al., 2021, section 4.1 (arXiv:2010.01412); Andriushchenko and Flammarion,
     2022, section 3 (arXiv:2206.06232).
   """
+  ascent.check_transformation(inner, 'inner')
+  ascent.check_positive(num_groups=num_groups)
   num_groups = ascent.static_int('num_groups', num_groups, default=1)
   inner = optax.with_extra_args_support(inner)
+
+  def init_fn(params):
+    state = inner.init(params)
+    ascent.check_method_state(state, 'm_sharpness')
+    if hasattr(state, 'chooses_examples'):
+      raise TypeError(
+        'm_sharpness does not go with esam: both choose the examples of a gradient.'
+      )
+    return state
 
   def update_fn(
     updates, state, params=None, *, grad_fn=None, value_and_grad_fn=None, **extra_args
@@ -105,9 +118,18 @@ def m_sharpness(
     groups = jnp.arange(num_groups, dtype=jnp.int32)
     total, _ = jax.lax.scan(body, total, groups)
     mean, new_state = jax.tree.map(lambda t: _divide(t, num_groups), total)
-    return optax.tree.cast_like(mean, params), optax.tree.cast_like(new_state, state)
+    return _cast_like(mean, params), _cast_like(new_state, state)
 
-  return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _cast_like(tree, like):
+  """Floating-point leaves in the dtypes of others; keys and counts as they are."""
+  return jax.tree.map(
+    lambda x, y: x.astype(y.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+    tree,
+    like,
+  )
 
 
 def _zero(x: jax.Array) -> jax.Array:

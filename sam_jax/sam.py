@@ -86,6 +86,7 @@ def sam(
   num_steps = ascent.static_int('num_ascent_steps', num_ascent_steps, default=1)
   if perturbation is None:
     perturbation = perturbations.global_norm()
+  ascent.check_transformation(perturbation, 'perturbation')
   perturbation = optax.with_extra_args_support(perturbation)
 
   def init_fn(params):

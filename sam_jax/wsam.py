@@ -115,6 +115,7 @@ def decoupled_wsam(
     Yue et al., 2023, algorithm 1 (arXiv:2305.15817).
   """
   weight = _weight(gamma)
+  ascent.check_transformation(inner, 'inner')
   inner = optax.with_extra_args_support(inner)
   ascend = sam(rho, perturbation=perturbation, axis_name=axis_name)
 

@@ -190,6 +190,12 @@ def _validate_together(config: Config) -> None:
       0 <= config.gsam_rho_min <= (config.rho or math.inf),
       'must not be negative nor above --rho',
     )
+  _require(
+    config,
+    'perturb_from',
+    config.perturb_from < config.epochs,
+    f'must be less than --epochs={config.epochs}',
+  )
   if config.perturb_until:
     _require(
       config,

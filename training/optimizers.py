@@ -280,10 +280,12 @@ def _check_method(config: Config) -> None:
     )
   if config.optimizer == 'frob_sam' and config.num_probes == 1:
     raise UsageError('--num_probes=1: frob_sam takes a variance; give at least 2.')
-  if _is_periodic(config) and (method.wraps_base or method.one_gradient):
+  own = method.wraps_base or method.one_gradient or method.period
+  if _is_periodic(config) and own:
     raise UsageError(
       f'--perturb_every, --perturb_from and --perturb_until do not go with '
-      f'--optimizer={config.optimizer}, which has no clean gradient to fall back on.'
+      f'--optimizer={config.optimizer}, which has a period of its own or no clean '
+      'gradient to fall back on.'
     )
   alone = method.wraps_base or method.one_gradient or method.chooses_examples
   if config.m_sharpness and alone:
