@@ -37,7 +37,8 @@ def resolve(name: str = 'digits_mlp', **overrides: Any) -> training.Config:
   """The full configuration: a task's recipe with some fields changed.
 
   A method's radius is the task's own for it, else the method's; with a base optimizer
-  alone there is none.
+  alone there is none. Momentum SAM over a recipe of plain SGD takes momentum at the same
+  effective rate.
 
   Args:
     name: a name in TASKS.
@@ -54,6 +55,14 @@ def resolve(name: str = 'digits_mlp', **overrides: Any) -> training.Config:
   config = dataclasses.replace(task.RECIPE, **given)
   if config.optimizer in optimizers.BASES and 'base_optimizer' not in given:
     config = dataclasses.replace(config, base_optimizer=config.optimizer)
+  if (
+    config.optimizer == 'msam'
+    and config.base_optimizer == 'sgd'
+    and not ({'base_optimizer', 'learning_rate'} & set(given))
+  ):
+    # It follows a momentum buffer; the step is as long as without in the long run.
+    rate = config.learning_rate * (1 - config.momentum)
+    config = dataclasses.replace(config, base_optimizer='momentum', learning_rate=rate)
   if config.optimizer in optimizers.METHODS and config.rho is None:
     own = optimizers.METHODS[config.optimizer].rho
     config = dataclasses.replace(config, rho=task.RHO.get(config.optimizer, own))
