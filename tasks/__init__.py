@@ -37,8 +37,8 @@ def resolve(name: str = 'digits_mlp', **overrides: Any) -> training.Config:
   """The full configuration: a task's recipe with some fields changed.
 
   A method's radius is the task's own for it, else the method's; with a base optimizer
-  alone there is none. Momentum SAM over a recipe of plain SGD takes momentum at the same
-  effective rate.
+  alone there is none. Momentum SAM over a recipe of plain SGD takes momentum at the
+  same effective rate.
 
   Args:
     name: a name in TASKS.
