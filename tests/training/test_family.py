@@ -7,10 +7,10 @@ import pytest
 from training import Config, loop, metrics, optimizers, parallel, step
 from training.errors import UsageError
 
-# One of each shape by default, the rest with the slow tests.
-SHAPES = ('sam', 'msam')
+# One by default, the rest with the slow tests.
+SHOWN = ('sam',)
 METHODS = [
-  pytest.param(name, marks=[] if name in SHAPES else pytest.mark.slow)
+  pytest.param(name, marks=[] if name in SHOWN else pytest.mark.slow)
   for name in sorted(optimizers.METHODS)
 ]
 

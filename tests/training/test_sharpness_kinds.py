@@ -84,8 +84,17 @@ def dense(network):
     }
 
 
-@pytest.mark.parametrize('operator', ['hessian', 'gauss_newton', 'fisher'])
-@pytest.mark.parametrize('regex', ['', '^Dense_1/'])
+@pytest.mark.parametrize(
+  ('operator', 'regex'),
+  [
+    ('hessian', '^Dense_1/'),
+    ('gauss_newton', ''),
+    ('fisher', ''),
+    pytest.param('hessian', '', marks=pytest.mark.slow),
+    pytest.param('gauss_newton', '^Dense_1/', marks=pytest.mark.slow),
+    pytest.param('fisher', '^Dense_1/', marks=pytest.mark.slow),
+  ],
+)
 def test_operators_and_blocks_equal_dense_ones(
   network, dense, tmp_path, operator, regex
 ):
