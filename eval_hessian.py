@@ -71,14 +71,28 @@ def _steps(values: Sequence[str] | None, workdir: pathlib.Path) -> list[int] | N
   """The checkpoints that --steps names, None if it is unset."""
   if values is None:
     return None
+  found = checkpoints.steps(workdir)
   if list(values) == ['all']:
-    return checkpoints.steps(workdir)
+    return found
   try:
-    return sorted({int(value) for value in values})
+    wanted = sorted({int(value) for value in values})
   except ValueError:
     raise UsageError(
       f'--steps={",".join(values)}: give numbers of steps, as 100,200, or all.'
     ) from None
+  for step in wanted:
+    if step not in found:
+      checkpoints.load(workdir, step)  # which says what there is
+  return wanted
+
+
+def _require_folder(path: pathlib.Path) -> None:
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UsageError(
+      f'--out={path} cannot be written ({error.strerror}): choose another folder.'
+    ) from error
 
 
 def _measure_newest(runs, options) -> list[comparison.Run]:
@@ -127,17 +141,19 @@ def main(argv: Sequence[str]) -> None:
   configs = [
     dataclasses.replace(config_lib.load(workdir), **where) for workdir in workdirs
   ]
-  if flags.cache:
-    parallel.enable_compilation_cache()
   runs = list(zip(workdirs, configs, strict=True))
   steps = [_steps(flags.steps, workdir) for workdir in workdirs]
+  out = pathlib.Path(flags.out)
+  if len(runs) > 1 and flags.steps is None:
+    _require_folder(out)
+  if flags.cache:
+    parallel.enable_compilation_cache()
   if flags.steps is not None:
     for (workdir, config), chosen in zip(runs, steps, strict=True):
       _measure_steps(workdir, config, options, chosen)
     return
   measured = _measure_newest(runs, options)
   if len(measured) > 1:
-    out = pathlib.Path(flags.out)
     print(f'\n{comparison.write(measured, out)}\n\n{out}/')
 
 

@@ -14,6 +14,7 @@ from training.config import Config
 from training.errors import TrainingDiverged, UsageError
 
 USAGE_EXIT_CODE = 2
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _HELP = ('--help', '-h', '-help', '--helpfull', '--helpshort')
 
 
@@ -129,7 +130,8 @@ def run(
     errors: further exceptions whose message is written for the user.
 
   Returns:
-    The exit code: 0, or 2 after an error of the user's, which is printed on stderr.
+    The exit code: 0, 2 after an error of the user's, which is printed on stderr, or 130
+    after Ctrl-C.
   """
   name = argv[0].rsplit('/', 1)[-1]
   with warnings.catch_warnings():
@@ -144,6 +146,11 @@ def run(
         message = f'{message.rstrip(".")}: see --help for the flags and their values.'
       print(f'{name}: {message}', file=sys.stderr)
       return USAGE_EXIT_CODE
+    except KeyboardInterrupt:
+      print(
+        f'\n{name}: interrupted; the same command goes on from here.', file=sys.stderr
+      )
+      return _INTERRUPTED
   return 0
 
 

@@ -180,16 +180,34 @@ def _reading(groups: dict[str, list[Run]]) -> str:
   )
   return (
     'Losses and accuracies are in evaluation mode over the whole splits; gap is test '
-    'loss - train loss. The Hessian is that of the loss that training minimised, over '
+    f'loss - train loss. {_matrix(summary)} of the loss that training minimised, over '
     f'{summary["num_examples"]} examples of the {summary["split"]} split, batch '
     f'normalization: {summary["batch_norm"]}, {summary["dtype"]}, matrix products of '
     'the highest precision. lambda_max and lambda_min are its largest and its '
-    'algebraically smallest eigenvalue, ratio is lambda_max / |lambda_min|. adaptive '
-    'is the largest eigenvalue of T H T with T = |w|, which does not change when '
-    f'layers are rescaled without changing the function. {_ball(summary)}{seeds}For a '
-    'single run, ± is the standard error over examples (for eigenvalues a bootstrap '
-    'with the eigenvectors held fixed).'
+    'algebraically smallest eigenvalue, ratio is lambda_max / |lambda_min|, left out '
+    'where lambda_min is 0 within its residual. adaptive is the largest eigenvalue of '
+    'T A T with T = |w| and A the same matrix, which does not change when layers are '
+    f'rescaled without changing the function. {_ball(summary)}{seeds}For a single run, '
+    '± is the standard error over examples (for eigenvalues a bootstrap with the '
+    'eigenvectors held fixed).'
   )
+
+
+def _matrix(summary: dict[str, Any]) -> str:
+  """What the measured matrix A is, as the beginning of a sentence."""
+  names = {
+    'hessian': 'Hessian',
+    'gauss_newton': 'Gauss-Newton matrix',
+    'fisher': 'empirical Fisher matrix',
+  }
+  name = names[summary['operator']]
+  block = summary['params_regex']
+  which = f' (the block of the parameters that match {block})' if block else ''
+  sides = {'none': 'A', 'adaptive': 'T A T with T = |w|', 'adam': 'P^-1/2 A P^-1/2'}
+  text = sides[summary['preconditioner']]
+  if text == 'A':
+    return f'The matrix A is the {name}{which}'
+  return f'The matrix measured is {text}{which}, where A is the {name}'
 
 
 def _ball(summary: dict[str, Any]) -> str:

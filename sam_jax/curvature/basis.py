@@ -28,6 +28,7 @@ FROBENIUS_STREAM, DIAGONAL_STREAM = range(3, 5)
 
 # Gram-Schmidt: passes at most, and the share of the length that ends them.
 _MAX_PASSES, _ENOUGH = 3, 0.7
+_SMALL = 1e-25  # of a sum of squares in float32
 _WORK_VECTORS = 7  # of a Lanczos step, beside the basis
 
 
@@ -222,7 +223,14 @@ def orthonormal(vector: jax.Array, *bases: Basis) -> jax.Array:
 
 def norm(vector: jax.Array) -> float:
   """Norm of a (chunks, chunk) vector, summed over chunks in float64."""
-  return math.sqrt(np.asarray(_squares(vector), np.float64).sum())
+  squares = np.asarray(_squares(vector), np.float64).sum()
+  if _SMALL < squares < np.inf or np.isnan(squares):
+    return math.sqrt(squares)
+  # Squares of very small or very large entries leave the range of the type.
+  largest = float(jnp.abs(vector).max())
+  if not 0 < largest < np.inf:
+    return largest
+  return largest * math.sqrt(np.asarray(_squares(vector / largest), np.float64).sum())
 
 
 def dot(x: jax.Array, y: jax.Array) -> float:

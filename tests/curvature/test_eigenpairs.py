@@ -224,3 +224,12 @@ def test_saved_eigenvectors_keep_narrow_types(tmp_path):
   read = curvature.load_eigenpairs(tmp_path / 'pairs.npz', values)
   assert read.eigenvectors[0].dtype == jnp.bfloat16
   np.testing.assert_array_equal(read.eigenvectors[0], pairs.eigenvectors[0])
+
+
+@pytest.mark.parametrize('scale', [1e-25, 1e-12, 1e12, 1e20])
+def test_the_scale_of_the_operator_does_not_matter(scale):
+  """Squares of such entries leave the range of float32."""
+  values = scale * jnp.array([5.0, 3.0, 1.0, 0.5, -2.0], jnp.float32)
+  result = curvature.eigenpairs(curvature.operator(lambda v: values * v, values), 1)
+  np.testing.assert_allclose(result.eigenvalues, [5 * scale, -2 * scale], rtol=1e-4)
+  assert result.converged.all()

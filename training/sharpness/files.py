@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sam_jax import curvature
 from training.config import write_json
+from training.errors import UsageError
 
 FOLDER = 'hessian'
 SUMMARY, SPECTRUM = 'summary.json', 'spectrum.npz'
@@ -20,7 +24,17 @@ DENSITY_FIGURE, LANDSCAPE_FIGURE = 'spectral_density.png', 'landscape.png'
 EIGEN_RATIO_FIGURE, LINE_FIGURE = 'eigen_ratio.png', 'line.png'
 LANDSCAPE_VTK = 'landscape.vtk'
 FIGURES = (DENSITY_FIGURE, LANDSCAPE_FIGURE, EIGEN_RATIO_FIGURE, LINE_FIGURE)
-_PARTIAL = 'partial'
+_RESULTS = (
+  *FIGURES,
+  SUMMARY,
+  SPECTRUM,
+  LANDSCAPE,
+  EIGEN_RATIO,
+  LINE,
+  LANDSCAPE_VTK,
+  'report.html',
+)
+_PARTIAL, _LOCK = 'partial', '.lock'
 _DENSITY = [field.name for field in dataclasses.fields(curvature.SpectralDensity)]
 
 
@@ -46,6 +60,31 @@ def read_density(path: pathlib.Path) -> curvature.SpectralDensity:
   return curvature.SpectralDensity(
     **{name: value if value.ndim else value.item() for name, value in values.items()}
   )
+
+
+@contextlib.contextmanager
+def claim(folder: pathlib.Path) -> Iterator[None]:
+  """Makes a folder, empties it of older results, and keeps other processes out.
+
+  Raises:
+    UsageError: it cannot be written, or another process measures into it.
+  """
+  try:
+    folder.mkdir(exist_ok=True, parents=True)
+    lock = (folder / _LOCK).open('w')
+  except OSError as error:
+    raise UsageError(f'{folder} cannot be written ({error.strerror}).') from error
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise UsageError(
+        f'another process is measuring into {folder}: wait for its end.'
+      ) from error
+    for name in _RESULTS:
+      (folder / name).unlink(missing_ok=True)
+    yield
+    (folder / _LOCK).unlink()
 
 
 class Part(NamedTuple):

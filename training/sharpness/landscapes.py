@@ -21,6 +21,7 @@ from training.sharpness.objective import Objective, cast
 from training.sharpness.options import Options
 from training.ticker import Ticker
 
+_FEWEST_CHECKPOINTS = 3
 # A trajectory is drawn with this share of its extent around it.
 _MARGIN = 0.25
 _LINE_POINTS = 51
@@ -96,7 +97,7 @@ class Drawer:
   def _line(self) -> dict[str, Any]:
     """The loss on the way to another network, and past both."""
     other = pathlib.Path(self.options.landscape_towards)
-    params = self._params_of(other)
+    params = cast(params_of(other, self.network), self.options.dtype)
     result = landscape.line(
       self.objective.loss,
       self.objective.params,
@@ -112,14 +113,6 @@ class Drawer:
     between = result.loss[(result.x >= 0) & (result.x <= 1)]
     ends = max(between[0], between[-1])
     return {'towards': str(other), 'barrier': float(between.max() - ends)}
-
-  def _params_of(self, workdir: pathlib.Path) -> Any:
-    workload = self.network.workload
-    try:
-      found = network.variables(workdir, workload, checkpoints.load(workdir))[0]
-    except UsageError as error:
-      raise UsageError(f'--landscape_towards={workdir}: {error}') from error
-    return cast(found, self.options.dtype)
 
   def _plane(self, pairs: curvature.Eigenpairs) -> Plane:
     """The directions that the options name."""
@@ -185,6 +178,43 @@ class Plane:
   labels: tuple[str, str] = ('direction 1', 'direction 2')
   path: np.ndarray | None = None
   explained: tuple[float, ...] = ()
+
+
+def check(measured: Network, options: Options) -> None:
+  """Refuses what could not be drawn, before anything is measured.
+
+  Raises:
+    UsageError: the other network does not fit, or there are too few checkpoints.
+  """
+  if options.landscape_towards:
+    params_of(pathlib.Path(options.landscape_towards), measured)
+  found = len([s for s in checkpoints.steps(measured.workdir) if s <= measured.step])
+  wanted = options.landscape_points or options.eigen_ratio_points
+  along = options.landscape_directions == 'trajectory'
+  if wanted and along and found < _FEWEST_CHECKPOINTS:
+    raise UsageError(
+      f'--landscape_directions=trajectory: {measured.workdir} has {found} checkpoints, '
+      f'and a plane needs {_FEWEST_CHECKPOINTS}; train with --keep_checkpoints=0 to '
+      'keep them all.'
+    )
+
+
+def params_of(workdir: pathlib.Path, measured: Network) -> Any:
+  """The parameters of another run of the same model.
+
+  Raises:
+    UsageError: there are none, they are of another model, or hold NaN or infinity.
+  """
+  try:
+    checkpoint = checkpoints.load(workdir)
+    found = network.variables(workdir, measured.workload, checkpoint)[0]
+  except UsageError as error:
+    raise UsageError(f'--landscape_towards={workdir}: {error}') from error
+  if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found)):
+    raise UsageError(
+      f'--landscape_towards={workdir}: its parameters hold NaN or infinity.'
+    )
+  return found
 
 
 def title(measured: Network) -> str:

@@ -54,7 +54,13 @@ def measure(network: Network, folder: pathlib.Path, options: Options) -> dict[st
   found = files.read(folder)
   if found and found['fingerprint'] == fingerprint:
     return found
-  folder.mkdir(exist_ok=True, parents=True)
+  with files.claim(folder):
+    summary = _measured(network, folder, options, fingerprint)
+  return summary
+
+
+def _measured(network, folder, options, fingerprint) -> dict[str, Any]:
+  """Measures anew, or the rest of what was killed."""
   ticker = Ticker()
   try:
     with jax.enable_x64(options.dtype == 'float64'):
@@ -97,6 +103,11 @@ class _Measurement:
     self._key = jax.random.key(options.seed)
     self._objective = Objective(network, options)
     self._operator = self._objective.operator(self._objective.batches)
+    if options.top_k > self._operator.size:
+      raise UsageError(
+        f'--top_k={options.top_k}: only {self._operator.size} parameters are measured.'
+      )
+    landscapes.check(network, options)
     self.parts = Parts(folder, fingerprint, self._operator.structure)
     self._journals: list[curvature.Operator] = []
     self._done: dict[str, Part] = {}
@@ -108,7 +119,7 @@ class _Measurement:
     density = self._part('spectral_density', lambda name: self._density(name, pairs))
     result = {
       **self._facts(),
-      **_extremes(pairs, self._options.top_k),
+      **_extremes(pairs, self._options.top_k, self._operator.size),
       **self._part('examples', lambda _: self._over_examples(pairs)),
       'adaptive_sharpness': adaptive.eigenvalues[0],
       'adaptive_sharpness_residual': adaptive.residuals[0],
@@ -280,7 +291,9 @@ class _Measurement:
       key=jax.random.fold_in(self._key, 4),
       weight=losses.num_examples,
     )
-    return _estimate('worst_case_sharpness', estimate)
+    # A single group says nothing of how the groups spread.
+    error = estimate.standard_error or None
+    return _estimate('worst_case_sharpness', estimate._replace(standard_error=error))
 
   def _average_case(self, _: str) -> dict[str, float | None]:
     """The mean rise of the loss under Gaussian noise in the parameters."""
@@ -450,7 +463,7 @@ def _over_batches(extremes: np.ndarray, batch_size: int) -> dict[str, Any]:
   }
 
 
-def _extremes(pairs: curvature.Eigenpairs, k: int) -> dict[str, Any]:
+def _extremes(pairs: curvature.Eigenpairs, k: int, size: int) -> dict[str, Any]:
   entries = [
     {'eigenvalue': value, 'residual': residual, 'converged': converged}
     for value, residual, converged in zip(
@@ -465,15 +478,22 @@ def _extremes(pairs: curvature.Eigenpairs, k: int) -> dict[str, Any]:
     'lambda_min_residual': pairs.residuals[-1],
     'top': entries[:k],
     'bottom': entries[-k:],
-    'all_converged': pairs.converged.all(),
+    # Fewer pairs than asked for are there if the products ran out before.
+    'all_converged': pairs.converged.all() and len(values) >= min(2 * k, size),
     'no_copies_missed': pairs.verified,
-    'lambda_max_over_abs_lambda_min': _divide(values[0], abs(values[-1])),
-    'lambda_1_over_lambda_5': _divide(values[0], values[4]) if k >= 5 else None,
+    'lambda_max_over_abs_lambda_min': _over(values[0], values[-1], pairs.residuals[-1]),
+    'lambda_1_over_lambda_5': (
+      _over(values[0], values[4], pairs.residuals[4])
+      if min(k, len(values)) >= 5
+      else None
+    ),
   }
 
 
-def _divide(numerator: float, denominator: float) -> float | None:
-  return float(numerator / denominator) if denominator else None
+def _over(numerator: float, denominator: float, residual: float) -> float | None:
+  """A ratio to an eigenvalue's size; None where that is 0 within its residual."""
+  size = abs(denominator)
+  return float(numerator / size) if size > residual else None
 
 
 def _fingerprint(network: Network, options: Options) -> str:

@@ -98,7 +98,11 @@ class Objective:
 
   def restrict(self, operator: curvature.Operator, regex: str) -> curvature.Operator:
     """The block of an operator of the parameters whose path has a match."""
-    return curvature.restricted(operator, regex) if regex else operator
+    try:
+      return curvature.restricted(operator, regex) if regex else operator
+    except ValueError as error:
+      reason = str(error).partition(' matches ')[2]
+      raise UsageError(f'--params_regex={regex} matches {reason}.') from error
 
   def direction(self, vector: Any) -> Any:
     """A vector of `operator` as a direction through all parameters."""
