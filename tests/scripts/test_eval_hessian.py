@@ -1,6 +1,7 @@
 """The command line of eval_hessian.py, on runs of train.py."""
 
 import dataclasses
+import fcntl
 import html.parser
 import json
 import shutil
@@ -121,6 +122,47 @@ class _Balanced(html.parser.HTMLParser):
 
   def handle_endtag(self, tag):
     assert self.open.pop() == tag
+
+
+def test_a_new_measurement_leaves_nothing_of_the_old_one(runs):
+  workdir = runs / 'sgd_1'
+  assert _run(f'--workdir={workdir}', *_FAST) == 0
+  assert (workdir / 'hessian/landscape.png').exists()
+  flags = ['--landscape_points=0', '--operator=fisher', '--max_num_matvecs=5']
+  assert _run(f'--workdir={workdir}', *_FAST, *flags) == 0
+  assert not (workdir / 'hessian/landscape.png').exists()
+  page = (workdir / 'hessian/report.html').read_text()
+  assert 'The matrix A is the empirical Fisher matrix of the loss' in page
+  assert page.count('data:image/png') == 1
+  found = json.loads((workdir / 'hessian/summary.json').read_text())
+  # Too few products for four pairs, and a matrix with many zeros.
+  assert not found['all_converged']
+  assert found['lambda_max_over_abs_lambda_min'] is None
+
+
+def test_one_process_measures_at_a_time(runs, capsys):
+  folder = runs / 'sgd_0/hessian'
+  folder.mkdir(exist_ok=True)
+  with (folder / '.lock').open('w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert _run(f'--workdir={runs / "sgd_0"}', *_FAST, '--seed=5') == 2
+  assert 'another process is measuring into' in capsys.readouterr().err
+
+
+def test_folders_that_cannot_be_written_are_named_first(runs, tmp_path, capsys):
+  (tmp_path / 'file').touch()
+  out = f'--out={tmp_path / "file"}'
+  assert _run(f'--workdir={runs / "sgd_0"},{runs / "sam"}', out) == 2
+  printed = capsys.readouterr()
+  assert 'cannot be written' in printed.err and not printed.out
+
+
+def test_ctrl_c_says_how_to_go_on(capsys):
+  def main(argv):
+    raise KeyboardInterrupt
+
+  assert cli.run(main, ['eval_hessian.py']) == 130
+  assert 'the same command goes on' in capsys.readouterr().err
 
 
 def test_several_steps_of_one_run(runs, capsys):

@@ -249,7 +249,8 @@ def test_options_out_of_range_are_named(change, words):
 @pytest.mark.parametrize(
   ('change', 'words'),
   [
-    ({'params_regex': 'Conv'}, 'Conv'),
+    ({'params_regex': 'Conv'}, '--params_regex=Conv matches no parameters: there'),
+    ({'params_regex': 'Dense_1/bias', 'top_k': 4}, '--top_k=4: only 3 parameters'),
     ({'preconditioner': 'adam'}, 'keeps no second moments'),
     ({'landscape_directions': 'trajectory', 'landscape_points': 3}, 'keep_checkpoints'),
     ({'landscape_towards': '/nowhere'}, 'landscape_towards=/nowhere'),
