@@ -87,7 +87,8 @@ _NOTE = (
   'training mode, as published; test loss and accuracy are those of the last epoch. '
   'The ratio lambda_max / |lambda_min| of one batch is the median over batches; the '
   'published files have 14.7, not 4.8, for WRN with SAM. lambda_max and the last ratio '
-  'are those of the whole training split. ± is the standard error over seeds.'
+  'are those of the whole training split, or of as many examples as the title says. ± '
+  'is the standard error over seeds.'
 )
 
 # A dry run: examples of each part, networks, and what is measured of them.
@@ -286,8 +287,20 @@ def make(arguments: argparse.Namespace) -> None:
   }
   text = table(results)
   path = arguments.out / 'table_one.md'
-  path.write_text(f'# Table I\n\n{text}\n\n{_NOTE}\n')
+  path.write_text(f'# {_title(arguments)}\n\n{text}\n\n{_NOTE}\n')
   print(f'\n{text}\n\n{path}')
+
+
+def _title(arguments: argparse.Namespace) -> str:
+  """What was made, with what the recipes do not say."""
+  if arguments.dry_run:
+    return 'Table I, dry run: small networks, one epoch, few examples'
+  changes = [
+    f'{name} {value}'
+    for name in ('epochs', 'dtype', 'hessian_examples')
+    if (value := getattr(arguments, name))
+  ]
+  return ', '.join(['Table I', *changes])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -54,8 +54,7 @@ class Feed:
       yield from self._stream(batches, steps)
       return
     for indices in steps:
-      indices = self._replicas.local(indices.astype(np.int32))
-      yield self._take(self._arrays, self._replicas.place(indices))
+      yield self._take(self._arrays, self._replicas.local(indices.astype(np.int32)))
 
   def _stream(self, batches: Batches, steps: Sequence[np.ndarray]) -> Iterator[Batch]:
     import grain  # Slow to import, and of use to sets that do not fit alone.

@@ -32,6 +32,8 @@ class DataParallel:
       raise UsageError(f'--devices={num_devices}: must not be negative.')
     self._devices = devices[: num_devices or len(devices)]
     self._num_local = len(self._devices)
+    mesh = jax.sharding.Mesh(np.array(self._devices), (AXIS,))
+    self._sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
 
   @property
   def num_replicas(self) -> int:
@@ -68,9 +70,7 @@ class DataParallel:
 
   def place(self, tree: Any) -> Any:
     """Moves arrays with a leading axis of local replicas to their devices."""
-    mesh = jax.sharding.Mesh(np.array(self._devices), (AXIS,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
-    return jax.device_put(tree, sharding)
+    return jax.device_put(tree, self._sharding)
 
   def first(self, tree: Any) -> Any:
     """The first local replica of a mapped result, in NumPy (keys as typed keys)."""

@@ -59,6 +59,7 @@ def test_two_networks_are_trained_measured_and_tabled(tmp_path, started, capsys)
   workdirs = [flag for flag in started[8][1] if flag.startswith('--workdir=')]
   assert len(workdirs[0].split(',')) == 4 and '--num_examples=500' in started[8][1]
   lines = (tmp_path / 'table_one.md').read_text().splitlines()
+  assert lines[0] == '# Table I, epochs 3, dtype bfloat16, hessian_examples 500'
   rows = [line.split(' | ') for line in lines if line.startswith('| ')][2:]
   assert {len(row) for row in rows} == {9}
   published = ['0.0770', '96.31', '0.1204', '94.64', '16.8', '-', '- |']
@@ -81,6 +82,7 @@ def test_a_dry_run_takes_few_real_examples(tmp_path, started, monkeypatch):
   flags = started[0][1]
   assert '--epochs=1' in flags and f'--manual_dir={tmp_path / "data"}' in flags
   assert any(flag.startswith('--model=') for flag in flags)
+  assert (tmp_path / 'table_one.md').read_text().startswith('# Table I, dry run')
   with np.load(tmp_path / 'data' / 'cifar10.npz') as file:
     np.testing.assert_array_equal(np.bincount(file['train/labels']), [60] * 10)
 
