@@ -24,7 +24,7 @@ from collections.abc import Sequence
 
 import tasks
 from input_pipelines import DataError
-from training import checkpoints, cli, comparison, over_training, parallel, sharpness
+from training import checkpoints, cli, comparison, compiler, over_training, sharpness
 from training import config as config_lib
 from training.errors import UsageError
 
@@ -146,8 +146,9 @@ def main(argv: Sequence[str]) -> None:
   out = pathlib.Path(flags.out)
   if len(runs) > 1 and flags.steps is None:
     _require_folder(out)
+  compiler.use_all_cores()
   if flags.cache:
-    parallel.enable_compilation_cache()
+    compiler.keep_programs()
   if flags.steps is not None:
     for (workdir, config), chosen in zip(runs, steps, strict=True):
       _measure_steps(workdir, config, options, chosen)

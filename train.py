@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import tasks
 from input_pipelines import DataError
-from training import cli, loop, optimizers, parallel, summary, sweep
+from training import cli, compiler, loop, optimizers, parallel, summary, sweep
 from training import config as config_lib
 from training.errors import UsageError
 
@@ -76,8 +76,9 @@ def main(argv: Sequence[str]) -> None:
   optimizers.refuse_unheeded(overrides, {p.optimizer for p in points.values()})
   if flags['workdir'].present and not flags.workdir:
     raise UsageError('--workdir= is empty: give a folder.')
+  compiler.use_all_cores()
   if flags.cache:
-    parallel.enable_compilation_cache()
+    compiler.keep_programs()
   parallel.initialize(flags.coordinator, flags.num_processes, flags.process_id)
   options = {'num_devices': flags.devices, 'timing': flags.timing}
   name = next(iter(points.values())).optimizer

@@ -16,7 +16,7 @@ import numpy as np
 
 import sam_jax
 import tasks
-from training import losses
+from training import compiler, losses
 
 
 def main() -> None:
@@ -30,6 +30,7 @@ def main() -> None:
   parser.add_argument('--points', type=int, default=31, help='points a side')
   parser.add_argument('--rows', type=int, default=0, help='rows to time; 0: all')
   arguments = parser.parse_args()
+  compiler.use_all_cores()
   names = ('manual_dir', 'data_dir', 'model')
   config = tasks.resolve(
     arguments.task, **{name: getattr(arguments, name) for name in names}

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 import models
 import tasks
-from training import losses, optimizers, parallel, step
+from training import compiler, losses, optimizers, parallel, step
 
 _PEER = pathlib.Path(__file__).parent / 'peers' / 'torch_networks.py'
 _TASKS = {'wrn': 'cifar10_wrn', 'attention': 'mitbih_attention'}
@@ -194,7 +194,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument('--compile', action='store_true', help='torch.compile too')
   parser.add_argument('--turns', type=int, default=9)
   parser.add_argument('--steps', type=int, default=3, help='steps a turn')
-  compare(parser.parse_args(argv))
+  arguments = parser.parse_args(argv)
+  compiler.use_all_cores()
+  compare(arguments)
 
 
 if __name__ == '__main__':

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 import sam_jax
 import tasks
-from training import losses, optimizers, parallel, step
+from training import compiler, losses, optimizers, parallel, step
 
 _MIB = 1 << 20
 # Sizes of a matrix product that keeps a device busy.
@@ -263,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   parser.add_argument('--repeats', type=int, default=30, help='timed runs of each')
   arguments = parser.parse_args(argv)
+  compiler.use_all_cores()
   print(f'jax {jax.__version__} on {jax.devices()[0].device_kind}')
   if arguments.optimizers:
     compare_steps(arguments, arguments.optimizers.split(','))

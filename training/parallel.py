@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -164,15 +163,6 @@ def agree_to_stop(step: int, requested: bool) -> bool:
   if jax.process_count() == 1:
     return requested
   return multihost_utils.reached_preemption_sync_point(step)
-
-
-def enable_compilation_cache() -> None:
-  """Keeps compiled programs in the user's cache folder, so that restarts are fast."""
-  if jax.config.jax_compilation_cache_dir:
-    return  # the user's own choice
-  home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-  jax.config.update('jax_compilation_cache_dir', os.path.join(home, 'sam_jax', 'xla'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
 
 def _is_key(leaf: Any) -> bool:
