@@ -4,6 +4,8 @@ RUNS ?= runs
 VENV := .venv
 PY := $(VENV)/bin/python
 export JAX_PLATFORMS ?= cpu
+# Has glibc (Linux) ask for huge pages: on a CPU large arrays cost much time otherwise.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: help quickstart test test-slow lint format bench bench-peers table1 clean
 help:  ## list the targets
@@ -47,7 +49,9 @@ $(VENV)/peers.stamp: benchmarks/peers/requirements.txt | $(VENV)/bin/python
 	$(VENV)/peers/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
-bench-peers: $(VENV)/app.stamp $(VENV)/peers.stamp  ## an epoch against PyTorch Geometric (MANUAL_DIR=DIR)
+bench-peers: $(VENV)/app.stamp $(VENV)/peers.stamp  ## against PyTorch and PyTorch Geometric (MANUAL_DIR=DIR)
+	$(PY) -m benchmarks.networks_against_torch --network=attention --batch_size=64 --peer_python=$(VENV)/peers/bin/python
+	$(PY) -m benchmarks.networks_against_torch --network=wrn --peer_python=$(VENV)/peers/bin/python
 	$(PY) -m benchmarks.gcn_epoch --manual_dir=$(MANUAL_DIR) --peer_python=$(VENV)/peers/bin/python
 
 table1: $(VENV)/app.stamp  ## Table I of the paper beside the published one (MANUAL_DIR=DIR)

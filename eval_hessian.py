@@ -144,7 +144,13 @@ def main(argv: Sequence[str]) -> None:
   runs = list(zip(workdirs, configs, strict=True))
   steps = [_steps(flags.steps, workdir) for workdir in workdirs]
   out = pathlib.Path(flags.out)
-  if len(runs) > 1 and flags.steps is None:
+  compared = len(runs) > 1 or flags['out'].present
+  if flags.steps is not None and flags['out'].present:
+    raise UsageError(
+      f'--out={out} is for the comparison of several runs: what --steps measures is in '
+      f'WORKDIR/{sharpness.FOLDER}.'
+    )
+  if compared and flags.steps is None:
     _require_folder(out)
   compiler.use_all_cores()
   if flags.cache:
@@ -154,7 +160,7 @@ def main(argv: Sequence[str]) -> None:
       _measure_steps(workdir, config, options, chosen)
     return
   measured = _measure_newest(runs, options)
-  if len(measured) > 1:
+  if compared:
     print(f'\n{comparison.write(measured, out)}\n\n{out}/')
 
 

@@ -38,6 +38,8 @@ class NonFiniteError(ArithmeticError):
 
 def stream(key: jax.Array | None, number: int) -> jax.Array:
   """A key of one stream; None is that of ``jax.random.key(0)``."""
+  if key is not None and not isinstance(key, jax.Array):
+    raise TypeError(f'key={key!r}: give a key of jax.random, as jax.random.key(0)')
   return jax.random.fold_in(jax.random.key(0) if key is None else key, number)
 
 

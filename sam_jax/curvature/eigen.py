@@ -204,8 +204,8 @@ def eigenpairs(
   """
   if which not in _SIGNS:
     raise ValueError(f'which={which!r}: give one of {sorted(_SIGNS)}')
-  if not 1 <= k <= operator.size:
-    raise ValueError(f'k={k}: give a number from 1 to the size, {operator.size}')
+  if not (isinstance(k, int | np.integer) and 1 <= k <= operator.size):
+    raise ValueError(f'k={k}: give a whole number from 1 to the size, {operator.size}')
   if not 0 < tol < 1:
     raise ValueError(f'tol={tol}: give a relative tolerance between 0 and 1')
   search = _Search(operator, k, which, tol, max_num_matvecs, progress)

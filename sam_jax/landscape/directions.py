@@ -128,7 +128,7 @@ def difference(first: Params, second: Params) -> Params:
   >>> difference({'w': jnp.ones(2)}, {'w': jnp.array([4., 1.])})['w'].tolist()
   [3.0, 0.0]
   """
-  _require_alike(first, second, 'second')
+  require_alike(first, second, 'second')
   return jax.tree.map(
     lambda a, b: jnp.subtract(*(jnp.asarray(p, _wide(a)) for p in (b, a))),
     first,
@@ -178,7 +178,7 @@ def trajectory(checkpoints: Sequence[Params], *, center: int = -1) -> Trajectory
   if not -count <= center < count:
     raise ValueError(f'center={center}: there are {count} checkpoints')
   for index, other in enumerate(checkpoints):
-    _require_alike(checkpoints[0], other, f'checkpoints[{index}]')
+    require_alike(checkpoints[0], other, f'checkpoints[{index}]')
   leaves = [[np.asarray(leaf) for leaf in jax.tree.leaves(c)] for c in checkpoints]
   rows = list(zip(*leaves, strict=True))
   gram = sum(d @ d.T for row in rows for d in _displacements(row, center))
@@ -246,7 +246,7 @@ def _principal(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return weights, values[:2] / np.maximum(values, 0).sum()
 
 
-def _require_alike(first: Params, second: Params, name: str) -> None:
+def require_alike(first: Params, second: Params, name: str) -> None:
   """Checks that two trees have the same leaves of the same shapes."""
   shapes = [
     {
@@ -264,8 +264,8 @@ def _require_alike(first: Params, second: Params, name: str) -> None:
     key = differing[0]
     one, other = (shape.get(key, 'missing') for shape in shapes)
     raise ValueError(
-      f'{name}: {len(differing)} leaves differ from the first network; {key} is '
-      f'{other} instead of {one}: give parameters of one and the same network'
+      f'{name}: {len(differing)} leaves differ; {key} is '
+      f'{other} instead of {one}: all must be of one and the same network'
     )
 
 

@@ -137,6 +137,8 @@ class _Plane:
     self.loss_fn = loss_fn
     self.params = params
     self.directions = tuple(directions)
+    for number, direction in enumerate(self.directions, 1):
+      directions_lib.require_alike(params, direction, f'direction {number}')
     self.coordinates = coordinates
 
   def evaluate(self, batches, weight, record, devices, progress) -> np.ndarray:

@@ -187,6 +187,7 @@ def test_not_finite_is_an_error():
     ({'which': 'top'}, "which='top'"),
     ({'k': 0}, 'k=0'),
     ({'k': 101}, 'k=101'),
+    ({'k': 2.5}, 'k=2.5: give a whole number'),
     ({'tol': 0.0}, 'tol=0.0'),
     ({'max_num_matvecs': 3}, 'max_num_matvecs=3'),
     ({'max_basis_gib': 1e-6}, r'max_basis_gib=1e-06.*GiB'),
@@ -197,6 +198,11 @@ def test_wrong_arguments_are_named(arguments, message):
   operator = _diagonal(np.ones(100), jnp.float32)
   with pytest.raises(ValueError, match=message):
     curvature.eigenpairs(operator, **{'k': 3, **arguments})
+
+
+def test_a_number_is_no_key():
+  with pytest.raises(TypeError, match='key=0: give a key of jax.random'):
+    curvature.eigenpairs(_diagonal(np.ones(100), jnp.float32), 1, key=0)
 
 
 def test_saved_eigenpairs_are_read_bit_for_bit(network, tmp_path):

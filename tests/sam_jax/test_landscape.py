@@ -279,6 +279,11 @@ def test_networks_that_differ_in_shape_are_named(other, message):
     landscape.difference(first, other)
   with pytest.raises(ValueError, match=r'checkpoints\[2\]: .*' + message):
     landscape.trajectory([first, first, other])
+  loss, axis, data = lambda w, _: w['w'].sum(), [0.0, 1.0], [jnp.ones(1)]
+  with pytest.raises(ValueError, match='direction 1: .*' + message):
+    landscape.line(loss, first, other, axis, data)
+  with pytest.raises(ValueError, match='direction 2: .*' + message):
+    landscape.surface(loss, first, (first, other), axis, axis, data)
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,10 @@ def runs(tmp_path_factory):
   return folder
 
 
-def test_one_run(runs, capsys):
-  assert _run(f'--workdir={runs / "sam"}', *_FAST) == 0
+def test_one_run(runs, tmp_path, capsys):
+  out = tmp_path / 'one'
+  assert _run(f'--workdir={runs / "sam"}', f'--out={out}', *_FAST) == 0
+  assert '| sam' in (out / 'comparison.md').read_text()
   assert 'lambda_max' in capsys.readouterr().out
   found = json.loads((runs / 'sam/hessian/summary.json').read_text())
   assert found['num_examples'] == 200
@@ -255,6 +257,7 @@ def test_adams_preconditioner_is_that_of_its_checkpoint(runs):
     (['--workdir={runs}/sam', '--topk=3'], "'topk'. Did you mean: top_k"),
     (['--workdir={runs}/sam', '--tol=tight'], '--tol=tight'),
     (['--workdir={runs}/empty'], 'has no checkpoint yet'),
+    (['--workdir={runs}/sam', '--steps=all', '--out=c'], '--out=c is for the comp'),
   ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, runs, capsys):
