@@ -10,7 +10,15 @@ FILE_NAME = 'curves.png'
 
 def save(workdir: pathlib.Path, lines: list[dict[str, Any]], title: str) -> None:
   """Draws loss and accuracy by epoch from the lines of `metrics.jsonl`."""
-  from matplotlib.figure import Figure  # Slow to import, and needed once a run.
+  # Slow to import, and needed once a run.
+  from matplotlib.figure import Figure
+  from matplotlib.ticker import LogFormatter, MaxNLocator
+
+  class Plain(LogFormatter):
+    """0.8 instead of 8e-01, of the ticks that LogFormatter labels."""
+
+    def __call__(self, x, pos=None):
+      return f'{x:g}' if super().__call__(x, pos) else ''
 
   figure = Figure(figsize=(9, 3.4), layout='constrained')
   axes = figure.subplots(1, 2)
@@ -25,9 +33,12 @@ def save(workdir: pathlib.Path, lines: list[dict[str, Any]], title: str) -> None
       axes[0].plot(epochs, perturbed, f'{colour}--', lw=1, label='train, perturbed')
   axes[0].set(xlabel='epoch', ylabel='loss (nats)', yscale='log')
   axes[1].set(xlabel='epoch', ylabel='accuracy (%)')
+  axes[0].yaxis.set_major_formatter('{x:g}')
+  axes[0].yaxis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
   axes[0].legend(frameon=False)
-  axes[1].legend(frameon=False)
+  axes[1].legend(frameon=False, loc='lower right')
   figure.suptitle(title)
   for panel in axes:
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.grid(alpha=0.3)
   figure.savefig(workdir / FILE_NAME, dpi=120)
