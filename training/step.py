@@ -77,7 +77,6 @@ def make_train_step(
     phase: whether a periodic method ascends in this step; None for all others.
     augment: changes the inputs, the same in both passes, see `training.Workload`.
   """
-  loss = losses.loss_fn(model, config)
   method = optimizers.METHODS.get(config.optimizer)
   one_gradient = method is not None and method.one_gradient
   chooses_examples = method is not None and method.chooses_examples
@@ -88,73 +87,97 @@ def make_train_step(
     if augment is not None:
       key, augment_key = jax.random.split(key)
       batch = {**batch, 'inputs': augment(augment_key, batch['inputs'])}
-    total = jax.lax.psum(jnp.sum(batch['weights']), AXIS)
-    share = total / jax.lax.psum(1, AXIS) / max(num_groups, 1)
-
-    def objective(params, shard, shard_key=key, normalizer=share):
-      value, (logits, batch_stats) = loss(
-        params,
-        state.batch_stats,
-        shard,
-        train=True,
-        key=shard_key,
-        normalizer=normalizer,
-      )
-      weight = jnp.sum(shard['weights'])
-      each = losses.smoothed_kl(logits, shard['labels'], config.label_smoothing)
-      return value, (losses.num_correct(logits, shard), weight, batch_stats, each)
-
-    def of_group(params, group):
-      shard = jax.tree.map(lambda leaf: leaf[group], batch)
-      return objective(params, shard, jax.random.fold_in(key, group))
-
-    def of_examples(params, indices):
-      chosen, weight = _subset(batch, indices)
-      # The chosen speak for the shard: their mean, times the shard's part of the batch.
-      part = jnp.sum(batch['weights']) / share
-      normalizer = weight / jnp.where(part > 0, part, 1)
-      return objective(params, chosen, normalizer=jnp.where(weight > 0, normalizer, 1))
-
-    def example_losses(params):
-      _, (logits, _) = loss(params, state.batch_stats, batch, train=True, key=key)
-      return losses.smoothed_kl(logits, batch['labels'], config.label_smoothing)
-
-    def value_and_grad_fn(params, *which):
-      function = of_group if num_groups else of_examples if which else clean
-      (value, _), grads = jax.value_and_grad(function, has_aux=True)(params, *which)
-      return value, grads
-
-    def clean(params):
-      return objective(params, batch)
-
+    shard = _Shard(model, config, state.batch_stats, batch, key, num_groups)
     point = sam_jax.gradient_point(state.opt_state, state.params)
-    if num_groups:
-      # Every group takes its own clean gradient inside the method.
-      value, aux = jax.lax.map(
-        lambda group: of_group(point, group), jnp.arange(num_groups)
-      )
-      value, grads = jnp.mean(value), jax.tree.map(jnp.zeros_like, state.params)
-    else:
-      (value, aux), grads = jax.value_and_grad(clean, has_aux=True)(point)
-    extra = {'value_and_grad_fn': value_and_grad_fn, 'value': value, 'phase': phase}
-    correct, weight, batch_stats, each = aux
+    value, grads, (correct, weight, batch_stats, each) = shard.clean_pass(point)
+    extra = {'value_and_grad_fn': shard.value_and_grad, 'value': value, 'phase': phase}
     if chooses_examples:
-      extra['example_losses_fn'] = example_losses
+      extra['example_losses_fn'] = shard.example_losses
       extra['example_losses'] = each
       extra['example_weights'] = batch['weights']
-    batch_stats = _weighted_mean(batch_stats, weight, total)
+    batch_stats = _weighted_mean(batch_stats, weight, shard.total)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
     params = optax.apply_updates(state.params, updates)
     metrics = {
       **({} if one_gradient else {'loss': jax.lax.pmean(value, AXIS)}),
-      'accuracy': jax.lax.psum(jnp.sum(correct), AXIS) / total,
-      'examples': total,
+      'accuracy': jax.lax.psum(jnp.sum(correct), AXIS) / shard.total,
+      'examples': shard.total,
       **_state_metrics(opt_state),
     }
     state = TrainState(state.step + 1, params, batch_stats, opt_state, state.key)
     return state, metrics
 
   return train_step
+
+
+class _Shard:
+  """The losses of one replica's shard of a batch, which all draw the same dropout.
+
+  Attributes:
+    total: weight of the batch, over all replicas.
+  """
+
+  def __init__(self, model, config, batch_stats, batch, key, num_groups):
+    self._loss = losses.loss_fn(model, config)
+    self._smoothing = config.label_smoothing
+    self._batch_stats = batch_stats
+    self._batch = batch
+    self._key = key
+    self._num_groups = num_groups
+    self.total = jax.lax.psum(jnp.sum(batch['weights']), AXIS)
+    self._share = self.total / jax.lax.psum(1, AXIS) / max(num_groups, 1)
+
+  def clean_pass(self, params):
+    """The loss, its gradient, and what `_of` tells of it.
+
+    With groups the gradient is zero: each takes its own inside the method.
+    """
+    if self._num_groups:
+      groups = jnp.arange(self._num_groups)
+      value, facts = jax.lax.map(lambda group: self._of_group(params, group), groups)
+      return jnp.mean(value), jax.tree.map(jnp.zeros_like, params), facts
+    (value, facts), grads = jax.value_and_grad(self._of, has_aux=True)(params)
+    return value, grads, facts
+
+  def value_and_grad(self, params, *which):
+    """Loss and gradient of the shard, of a group of it, or of chosen examples."""
+    function = self._of_group if self._num_groups else self._of_examples
+    function = function if which else self._of
+    (value, _), grads = jax.value_and_grad(function, has_aux=True)(params, *which)
+    return value, grads
+
+  def example_losses(self, params):
+    """The loss of each example."""
+    _, (logits, _) = self._loss(
+      params, self._batch_stats, self._batch, train=True, key=self._key
+    )
+    return losses.smoothed_kl(logits, self._batch['labels'], self._smoothing)
+
+  def _of(self, params, batch=None, key=None, normalizer=None):
+    """The loss, and (number correct, weight, batch statistics, each example's loss)."""
+    batch = self._batch if batch is None else batch
+    value, (logits, batch_stats) = self._loss(
+      params,
+      self._batch_stats,
+      batch,
+      train=True,
+      key=self._key if key is None else key,
+      normalizer=self._share if normalizer is None else normalizer,
+    )
+    each = losses.smoothed_kl(logits, batch['labels'], self._smoothing)
+    weight = jnp.sum(batch['weights'])
+    return value, (losses.num_correct(logits, batch), weight, batch_stats, each)
+
+  def _of_group(self, params, group):
+    batch = jax.tree.map(lambda leaf: leaf[group], self._batch)
+    return self._of(params, batch, jax.random.fold_in(self._key, group))
+
+  def _of_examples(self, params, indices):
+    batch, weight = _subset(self._batch, indices)
+    # The chosen speak for the shard: their mean, times the shard's part of the batch.
+    part = jnp.sum(self._batch['weights']) / self._share
+    normalizer = weight / jnp.where(part > 0, part, 1)
+    return self._of(params, batch, normalizer=jnp.where(weight > 0, normalizer, 1))
 
 
 def make_eval_step(
