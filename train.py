@@ -24,7 +24,7 @@ from training.errors import UsageError
 
 def _define_flags() -> cli.Flags:
   flags = cli.Flags()
-  flags.heading('Flags of a run; unset, the task decides')
+  flags.heading('Flags of a run; unset, the task decides (--task=NAME --help tells)')
   flags.define_config(lists=('optimizer', 'rho'))
   flags.heading('Several runs')
   flags.define('seeds', 'int', 'runs of each kind, with seeds from --seed on')
@@ -47,7 +47,8 @@ def _define_flags() -> cli.Flags:
   return flags
 
 
-def _usage() -> str:
+def _usage(argv: Sequence[str]) -> str:
+  """The script's own help, or that of the task which the command line names."""
   names = {
     'Tasks': tasks.TASKS,
     'Methods': optimizers.METHODS,
@@ -57,12 +58,15 @@ def _usage() -> str:
     textwrap.fill(f'{kind}: {", ".join(found)}.', 88, subsequent_indent='  ')
     for kind, found in names.items()
   )
-  return __doc__ + '\n' + '\n'.join(lists)
+  flag = '--task='
+  named = [argument[len(flag) :] for argument in argv if argument.startswith(flag)]
+  about = tasks.load(named[-1]).__doc__ if named else __doc__
+  return about + '\n' + '\n'.join(lists)
 
 
 def main(argv: Sequence[str]) -> None:
   """Trains what the flags say."""
-  flags = _define_flags().parse(argv, _usage())
+  flags = _define_flags().parse(argv, _usage(argv))
   overrides = cli.config_overrides(flags)
   task = overrides.pop('task', 'digits_mlp')
   methods = cli.entries('optimizer', overrides.pop('optimizer', None)) or [None]

@@ -14,6 +14,7 @@ import json
 import pathlib
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -21,7 +22,8 @@ import jax
 
 import tasks
 import training
-from training import optimizers, parallel, step
+from input_pipelines import DataError
+from training import cli, optimizers, parallel, step
 
 _PEER = pathlib.Path(__file__).parent / 'peers' / 'pyg_gcn_sam.py'
 
@@ -114,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(cli.run(lambda _: main(), sys.argv, errors=(DataError,)))

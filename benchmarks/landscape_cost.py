@@ -9,6 +9,7 @@ timed in turn; the medians are compared.
 
 import argparse
 import statistics
+import sys
 import time
 
 import jax
@@ -16,7 +17,8 @@ import numpy as np
 
 import sam_jax
 import tasks
-from training import compiler, losses
+from input_pipelines import DataError
+from training import cli, compiler, losses
 
 
 def main() -> None:
@@ -67,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(cli.run(lambda _: main(), sys.argv, errors=(DataError,)))

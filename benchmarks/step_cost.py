@@ -15,6 +15,7 @@ The peak is what a large matrix product of the same type reaches on the device, 
 import argparse
 import collections
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -24,7 +25,8 @@ import jax.numpy as jnp
 
 import sam_jax
 import tasks
-from training import compiler, losses, optimizers, parallel, step
+from input_pipelines import DataError
+from training import cli, compiler, losses, optimizers, parallel, step
 
 _MIB = 1 << 20
 # Sizes of a matrix product that keeps a device busy.
@@ -263,6 +265,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   parser.add_argument('--repeats', type=int, default=30, help='timed runs of each')
   arguments = parser.parse_args(argv)
+  if arguments.repeats < 1:
+    parser.error('--repeats must be at least 1')
   compiler.use_all_cores()
   print(f'jax {jax.__version__} on {jax.devices()[0].device_kind}')
   if arguments.optimizers:
@@ -272,4 +276,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(cli.run(lambda argv: main(argv[1:]), sys.argv, errors=(DataError,)))

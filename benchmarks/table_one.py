@@ -27,9 +27,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from input_pipelines import cifar10, labelled_arrays, mitbih
+from input_pipelines import DataError, cifar10, labelled_arrays, mitbih
 from input_pipelines.labelled_arrays import LabelledArrays
-from training import metrics, summary
+from training import cli, metrics, summary
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
@@ -85,10 +85,10 @@ _NOTE = (
   'Published rows are one seed each; their SAM is the one named here, by the published '
   "logs. Training loss and accuracy are means over the last epoch's batches in "
   'training mode, as published; test loss and accuracy are those of the last epoch. '
-  'The ratio lambda_max / |lambda_min| of one batch is the median over batches; the '
-  'published files have 14.7, not 4.8, for WRN with SAM. lambda_max and the last ratio '
-  'are those of the whole training split, or of as many examples as the title says. ± '
-  'is the standard error over seeds.'
+  'The ratio lambda_max / |lambda_min| of one batch is the median over batches, - if '
+  'lambda_min is 0 within its residual; the published files have 14.7, not 4.8, for '
+  'WRN with SAM. lambda_max and the last ratio are those of the whole training split, '
+  'or of as many examples as the title says. ± is the standard error over seeds.'
 )
 
 # A dry run: examples of each part, networks, and what is measured of them.
@@ -161,12 +161,12 @@ def _run(script: str, flags: Sequence[str]) -> None:
     raise SystemExit(code)
 
 
-def numbers(folder: pathlib.Path) -> list[float]:
+def numbers(folder: pathlib.Path) -> list[float | None]:
   """The numbers of a run, those that are published first.
 
   Returns:
     Train loss, train accuracy %, test loss, test accuracy %, ratio of one batch,
-    lambda_max, and ratio of the whole split.
+    lambda_max, and ratio of the whole split; None for a ratio that cannot be told.
   """
   final = summary.read(folder)['final']
   last = [line for line in metrics.read(folder) if line['split'] == 'train'][-1]
@@ -193,7 +193,7 @@ _COLUMNS = (
 )
 
 
-def table(results: dict[Row, list[list[float]]]) -> str:
+def table(results: dict[Row, list[list[float | None]]]) -> str:
   """The table in Markdown: a published row, and below it ours.
 
   Args:
@@ -220,7 +220,9 @@ def table(results: dict[Row, list[list[float]]]) -> str:
   return '\n'.join(lines)
 
 
-def _cell(values: Sequence[float], form: str) -> str:
+def _cell(values: Sequence[float | None], form: str) -> str:
+  if None in values:
+    return '-'
   text = format(statistics.fmean(values), form)
   if len(values) < 2:
     return text
@@ -273,8 +275,9 @@ def make(arguments: argparse.Namespace) -> None:
     arguments.epochs = 1
     data = arguments.out / 'data'
     pack(arguments, data, _DRY_EXAMPLES)
-    if 'gcn' in arguments.rows:
-      shutil.copy(pathlib.Path(arguments.manual_dir) / 'Mutagenicity.zip', data)
+    molecules = pathlib.Path(arguments.manual_dir) / 'Mutagenicity.zip'
+    if 'gcn' in arguments.rows and molecules.exists():
+      shutil.copy(molecules, data)
     arguments.manual_dir, arguments.data_dir = str(data), str(data / 'prepared')
   for row in rows:
     for seed in range(arguments.seeds):
@@ -323,8 +326,14 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument(
     '--hessian_examples', type=int, default=0, help='of the Hessian; 0: all'
   )
-  parser.add_argument('--dry_run', action='store_true', help='show that it works')
-  parser.add_argument('--pack', type=pathlib.Path, help='only write npz files there')
+  parser.add_argument(
+    '--dry_run', action='store_true', help='small and short, in minutes'
+  )
+  parser.add_argument(
+    '--pack',
+    type=pathlib.Path,
+    help='only write the data as npz there, for --manual_dir',
+  )
   arguments = parser.parse_args(argv)
   unknown = set(arguments.rows) - set(_TASKS)
   if unknown:
@@ -340,4 +349,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(cli.run(lambda argv: main(argv[1:]), sys.argv, errors=(DataError,)))

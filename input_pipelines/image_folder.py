@@ -46,8 +46,8 @@ def load(
   """
   if not re.fullmatch(r'\w[\w.+-]*', name, flags=re.ASCII):
     raise DataError(
-      f'dataset={name!r} is not the name of a folder in --manual_dir: give a name of '
-      'letters, digits, ".", "+", "-" and "_".'
+      f'dataset={name!r}: the name of a folder of images may have letters, digits, '
+      '".", "+", "-" and "_": rename it.'
     )
   source = sources.Source(
     name=f'{name}_{size}',
@@ -141,12 +141,20 @@ def _places(
         'train/CLASS/IMAGE and test/CLASS/IMAGE: move or remove it.'
       )
   if depth == 2:
+    part_names = (_ONLY,)
     inside = {name: (_ONLY, *parts) for name, parts in inside.items()}
   else:
+    part_names = ('train', 'test')
     inside = _with_part_names(path, inside)
   folders = {parts[:2] for parts in inside.values() if len(parts) > 1}
   places = {name: inside[name][:2] for name in files}
-  _check_classes(path, folders, set(places.values()), classes)
+  for part in part_names:
+    if part not in {filled for filled, _ in places.values()}:
+      raise DataError(
+        f'{path} has no images in {part}: put its class folders there, or remove it '
+        'and the folder around the others.'
+      )
+  _check_classes(path, part_names, folders, set(places.values()), classes)
   return places
 
 
@@ -175,7 +183,7 @@ def _with_part_names(
   if len(names) != 2 or len(other) != 1 or not other <= set(_TEST_NAMES):
     raise DataError(
       f'{path} has the folders {_some(names)} where train and test (or val) are '
-      'needed: rename them.'
+      'needed: rename, move or remove folders.'
     )
   return {
     name: ('train' if parts[0] == 'train' else 'test', *parts[1:])
@@ -186,6 +194,7 @@ def _with_part_names(
 
 def _check_classes(
   path: pathlib.Path,
+  parts: Sequence[str],
   folders: Collection[tuple[str, str]],
   filled: Collection[tuple[str, str]],
   classes: Sequence[str] | None,
@@ -194,11 +203,11 @@ def _check_classes(
 
   Args:
     path: the tree.
+    parts: those that are needed, the one whose classes count first.
     folders: part and class of every folder.
     filled: those that hold images.
     classes: the classes there have to be, if that is known.
   """
-  parts = sorted({part for part, _ in folders}, reverse=True)
   known = set(classes or (name for part, name in folders if part == parts[0]))
   if len(known) < 2:
     raise DataError(
@@ -231,7 +240,7 @@ def _decode(path: pathlib.Path, name: str, content: bytes, size: int) -> np.ndar
 
   try:
     with PIL.Image.open(io.BytesIO(content)) as image:
-      upright = PIL.ImageOps.exif_transpose(image).convert('RGB')
+      upright = _eight_bits(PIL.ImageOps.exif_transpose(image)).convert('RGB')
       if upright.size != (size, size):
         upright = PIL.ImageOps.fit(upright, (size, size))
       return np.asarray(upright)
@@ -242,8 +251,19 @@ def _decode(path: pathlib.Path, name: str, content: bytes, size: int) -> np.ndar
   # Decoders raise whatever their format's faults lead them to.
   except Exception as error:
     raise DataError(
-      f'{name} in {path} is a damaged image ({error}): replace or remove it.'
+      f'{name} in {path} cannot be read as an image ({error}): replace or remove it.'
     ) from error
+
+
+def _eight_bits(image):
+  """An image whose channels have 8 bits; Pillow would cut wider ones off at 255."""
+  import PIL.Image
+
+  if image.mode.startswith('I;16'):
+    return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+  if image.mode in ('I', 'F'):
+    raise ValueError('32 bits a pixel, of no known range')
+  return image
 
 
 def _bar(total: int, name: str):

@@ -2,6 +2,7 @@
 
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ import numpy as np
 from input_pipelines.errors import DataError
 
 _CLASSES = 'classes'
+# What NumPy lets through of damaged archives.
+_BROKEN = (zipfile.BadZipFile, zlib.error)
 
 
 class LabelledArrays(NamedTuple):
@@ -56,9 +59,9 @@ def load(
   try:
     with path.open('rb') as file, np.load(file) as archive:
       arrays = {name: archive[name] for name in archive.files}
-  except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+  except (OSError, ValueError, TypeError, EOFError, *_BROKEN) as error:
     raise _damaged(path, 'it is no complete npz file') from error
-  if tuple(arrays.pop(_CLASSES, np.array([])).tolist()) != classes:
+  if tuple(arrays.pop(_CLASSES, np.array([])).ravel().tolist()) != classes:
     raise _damaged(path, f'its classes are not {", ".join(classes)}')
   parts: dict[str, dict[str, np.ndarray]] = {}
   for key, array in arrays.items():
@@ -69,6 +72,7 @@ def load(
     raise _damaged(path, f'it has the parts {", ".join(parts)}, not {wanted}')
   for part, found in parts.items():
     _check(path, part, found, like, len(classes))
+    found['labels'] = found['labels'].astype(np.int64)
   return LabelledArrays(parts, classes)
 
 
@@ -89,11 +93,15 @@ def _check(
       f'{part}/inputs is {inputs.dtype}{list(inputs.shape)}, an example has to be '
       f'{like.dtype}{list(like.shape)}',
     )
-  if {len(array) for array in arrays.values()} != {len(inputs)} or not len(inputs):
+  if labels.ndim != 1:
+    raise _damaged(path, f'{part}/labels has the shape {list(labels.shape)}, not [n]')
+  if {array.shape[:1] for array in arrays.values()} != {labels.shape} or not len(
+    labels
+  ):
     raise _damaged(path, f'the arrays of {part} are empty or differ in length')
   if not np.isfinite(inputs).all():
     raise _damaged(path, f'{part}/inputs has a value that is not finite')
-  if labels.dtype.kind != 'i' or labels.min() < 0 or labels.max() >= num_classes:
+  if labels.dtype.kind not in 'iu' or labels.min() < 0 or labels.max() >= num_classes:
     raise _damaged(path, f'{part}/labels are not whole numbers below {num_classes}')
 
 

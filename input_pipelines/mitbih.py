@@ -5,9 +5,11 @@ as in Kachuee et al., "ECG Heartbeat Classification: A Deep Transferable
 Representation", 2018, arXiv:1805.00794.
 """
 
+import itertools
 import math
 import pathlib
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -113,7 +115,8 @@ def read_csv(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
     with warnings.catch_warnings():
       warnings.simplefilter('ignore')  # Of an empty file, which is refused below.
-      values = np.loadtxt(path, np.float32, delimiter=',', comments=None, ndmin=2)
+      lines = (line for _, line in _lines(path))
+      values = np.loadtxt(lines, np.float32, delimiter=',', comments=None, ndmin=2)
   except OSError as error:
     raise DataError(
       f'{path} cannot be read ({error.strerror}): make it a readable file.'
@@ -124,12 +127,14 @@ def read_csv(path: pathlib.Path) -> dict[str, np.ndarray]:
     raise _csv_error(path, _first_fault(path) or 'there are no lines')
   wrong = ~np.isfinite(values).all(axis=1)
   if wrong.any():
-    raise _csv_error(path, f'line {wrong.argmax() + 1} has a value that is not finite')
+    line = _line_number(path, wrong.argmax())
+    raise _csv_error(path, f'line {line} has a value that is not finite')
   labels = values[:, -1]
   wrong = ~np.isin(labels, np.arange(len(CLASSES)))
   if wrong.any():
     first = wrong.argmax()
-    raise _csv_error(path, f'line {first + 1} has the label {labels[first]:g}')
+    line = _line_number(path, first)
+    raise _csv_error(path, f'line {line} has the label {labels[first]:g}')
   return {'inputs': values[:, :-1].copy(), 'labels': labels.astype(np.int64)}
 
 
@@ -142,17 +147,29 @@ def _csv_error(path: pathlib.Path, problem: str) -> DataError:
 
 def _first_fault(path: pathlib.Path) -> str:
   """Says which line of a table is the first that is no row of numbers."""
-  with path.open(errors='replace') as lines:
-    for number, line in enumerate(lines, start=1):
-      fields = line.split(',')
-      if len(fields) != NUM_SAMPLES + 1:
-        return f'line {number} has {len(fields)} fields'
-      for field in fields:
-        try:
-          float(field)
-        except ValueError:
-          return f'line {number} has {field.strip()[:40]!r}, not a number'
+  for number, line in _lines(path):
+    fields = line.split(',')
+    if len(fields) != NUM_SAMPLES + 1:
+      return f'line {number} has {len(fields)} fields instead of {NUM_SAMPLES + 1}'
+    for field in fields:
+      try:
+        float(field)
+      except ValueError:
+        return f'line {number} has {field.strip()[:40]!r}, not a number'
   return ''
+
+
+def _line_number(path: pathlib.Path, row: int) -> int:
+  """The number of the line that holds a row of the table."""
+  return next(itertools.islice(_lines(path), int(row), None))[0]
+
+
+def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
+  """Lines with their numbers; blank ones are no rows."""
+  with path.open(encoding='utf-8-sig', errors='replace') as file:
+    for number, line in enumerate(file, start=1):
+      if line.strip():
+        yield number, line
 
 
 def _split(data: LabelledArrays, selection: str, seed: np.random.SeedSequence):

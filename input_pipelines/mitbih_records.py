@@ -117,6 +117,8 @@ def _read_record(path: pathlib.Path, record: pathlib.Path):
   channels = [leads.index(lead)]
   data = _guarded(path, record, wfdb.rdrecord, channels=channels, physical=False)
   notes = _guarded(path, record, wfdb.rdann, extension='atr')
+  if not data.fs > 0:
+    raise _damaged(path, record.name, f'its frequency is {data.fs}')
   # Headers may give the 16 bits of the sum as a signed number.
   if (data.calc_checksum()[0] - data.checksum[0]) % 2**16:
     raise _damaged(path, record.name, 'its signal does not match its checksum')

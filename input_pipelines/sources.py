@@ -118,7 +118,8 @@ def _digest(paths: Sequence[pathlib.Path]) -> str:
       digests.append(_tree_digest(path) if path.is_dir() else _file_digest(path))
     except OSError as error:
       raise DataError(
-        f'{path} cannot be read ({error.strerror}): make it a readable file.'
+        f'{error.filename or path} cannot be read ({error.strerror}): make it a '
+        'readable file, or remove it.'
       ) from error
   if len(digests) == 1:
     return digests[0]

@@ -34,14 +34,15 @@ def entries(path: pathlib.Path) -> Iterator[Iterator[Entry]]:
   try:
     yield (entry for entry in _walk(path) if not _is_hidden(entry[0]))
   except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    reason = str(error).partition(':')[0]  # Not what each of tar's readers says.
     raise DataError(
-      f'{path} is not a complete archive ({error}): get it again.'
+      f'{path} is not a complete archive ({reason}): get it again.'
     ) from error
   except (OSError, RuntimeError) as error:
     reason = getattr(error, 'strerror', None) or error
+    where = getattr(error, 'filename', None) or path
     raise DataError(
-      f'{path} cannot be read ({reason}): make it a readable folder or a complete '
-      'archive.'
+      f'{where} cannot be read ({reason}): make it readable, or a complete archive.'
     ) from error
 
 
@@ -54,7 +55,7 @@ def _walk(path: pathlib.Path) -> Iterator[Entry]:
     for below in sorted(path.rglob('*')):
       read = None if below.is_dir() else below.read_bytes
       yield below.relative_to(path).as_posix(), read
-  elif zipfile.is_zipfile(path):
+  elif path.suffix == '.zip' or zipfile.is_zipfile(path):
     yield from _walk_zip(path)
   else:
     yield from _walk_tar(path)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import pathlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 FILE_NAME = 'confusion.png'
-# Above this number of classes a picture has no room for counts.
-_MAX_WRITTEN = 20
+# Above these numbers of classes a picture has no room for counts, and for names.
+_MAX_WRITTEN, _MAX_NAMED = 20, 60
 
 
 def scores(confusion: np.ndarray, names: Sequence[str] = ()) -> dict[str, Any]:
@@ -67,15 +68,20 @@ def save(workdir: pathlib.Path, found: dict[str, Any], title: str) -> None:
   axes = figure.subplots()
   image = axes.imshow(shares, cmap='Blues', vmin=0, vmax=1)
   figure.colorbar(image, label='share of the true class', shrink=0.8)
-  if len(classes) <= _MAX_WRITTEN:
+  if len(classes) <= _MAX_NAMED:
     names = [entry['name'] for entry in classes]
-    axes.set_xticks(range(len(names)), names, rotation=45, ha='right')
-    axes.set_yticks(range(len(names)), names)
+    small = {} if len(classes) <= _MAX_WRITTEN else {'fontsize': 5}
+    axes.set_xticks(range(len(names)), names, rotation=45, ha='right', **small)
+    axes.set_yticks(range(len(names)), names, **small)
+  if len(classes) <= _MAX_WRITTEN:
     for (row, column), count in np.ndenumerate(counts):
       colour = 'white' if shares[row, column] > 0.5 else 'black'
       axes.text(column, row, count, color=colour, ha='center', va='center', fontsize=8)
   axes.set(xlabel='predicted class', ylabel='true class', title=title)
-  figure.savefig(workdir / FILE_NAME, dpi=120)
+  with warnings.catch_warnings():
+    # Names in scripts that the font lacks become boxes; summary.json has them.
+    warnings.filterwarnings('ignore', 'Glyph .* missing')
+    figure.savefig(workdir / FILE_NAME, dpi=160)
 
 
 def _ratio(part: int, whole: int) -> float | None:

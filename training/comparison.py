@@ -271,7 +271,8 @@ _CERTAINTY_NOTE = (
 
 
 def _single_batches(runs: list[Run]) -> report.Rows:
-  rows = [['run', 'examples', 'batches', 'lambda_max', 'lambda_min', 'ratio']]
+  headings = ['lambda_max', 'lambda_min', 'its residual', 'ratio']
+  rows = [['run', 'examples', 'batches', *headings]]
   for name, run in zip(_short_names([r.workdir for r in runs]), runs, strict=True):
     one = run.summary['one_batch']
     if one:
@@ -282,13 +283,14 @@ def _single_batches(runs: list[Run]) -> report.Rows:
       low, high = one['ratio_range']
       ratio = f'{_number(one["ratio_median"])} ({_number(low)} to {_number(high)})'
       rows.append([name, str(one['batch_size']), str(one['num_batches'])])
-      rows[-1] += [*cells, ratio]
+      rows[-1] += [*cells, _number(one['lambda_min_residual']), ratio]
   return rows
 
 
 _SINGLE_NOTE = (
   'The Hessian of one training batch, as published one-batch figures have it; ± is the '
-  'standard deviation over batches, the ratio is the median with its range. lambda_min '
+  'standard deviation over batches, the residual the largest, the ratio is the median '
+  'with its range, - where lambda_min is 0 within its residual. lambda_min '
   'shrinks faster than lambda_max as the Hessian averages over more examples, so the '
   'ratio grows with their number.'
 )

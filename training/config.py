@@ -55,7 +55,10 @@ class Config:
   weight_decay: float = _field(
     0.0, 'L2 coefficient, added to the gradient (adamw: decoupled)'
   )
-  label_smoothing: float = _field(0.1, 'probability spread over the wrong classes')
+  label_smoothing: float = _field(
+    0.1,
+    'probability spread over the wrong classes; losses are KL divergences from that',
+  )
   m_sharpness: int = _field(
     0, 'examples a group, each of which is perturbed for itself; 0: one a device'
   )

@@ -25,12 +25,13 @@ def save(workdir: pathlib.Path, lines: list[dict[str, Any]], title: str) -> None
   for split, colour in (('train', 'C0'), ('test', 'C1')):
     chosen = [line for line in lines if line['split'] == split]
     epochs = [line['epoch'] for line in chosen]
-    axes[0].plot(epochs, [line['loss'] for line in chosen], colour, label=split)
+    style = f'{colour}.-'  # Points too: one epoch is no line.
+    axes[0].plot(epochs, [line['loss'] for line in chosen], style, label=split)
     accuracy = [100 * line['accuracy'] for line in chosen]
-    axes[1].plot(epochs, accuracy, colour, label=split)
+    axes[1].plot(epochs, accuracy, style, label=split)
     perturbed = [line['perturbed_loss'] for line in chosen]
     if split == 'train' and any(value is not None for value in perturbed):
-      axes[0].plot(epochs, perturbed, f'{colour}--', lw=1, label='train, perturbed')
+      axes[0].plot(epochs, perturbed, f'{colour}.--', lw=1, label='train, perturbed')
   axes[0].set(xlabel='epoch', ylabel='loss (nats)', yscale='log')
   axes[1].set(xlabel='epoch', ylabel='accuracy (%)')
   axes[0].yaxis.set_major_formatter('{x:g}')

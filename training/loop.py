@@ -74,7 +74,7 @@ def train(
     return finished
   run = _Run(config, workload, workdir, replicas, timing)
   with contextlib.closing(run), _stop_signal() as stop:
-    return run.finish() if run.train(stop) else _leave(stop)
+    return run.finish() if run.train(stop) else run.leave(stop)
 
 
 class _Run:
@@ -128,6 +128,8 @@ class _Run:
     if parallel.is_primary():
       self._metrics = metrics_lib.MetricsFile(workdir, self._step, timing=timing)
       self._progress = Progress(config.epochs, config.epochs * self._steps_per_epoch)
+      if self._step:
+        self._progress.say(f'going on after step {self._step} of {workdir}/')
     self._started = time.monotonic()
     self._next_save = self._started
 
@@ -163,6 +165,14 @@ class _Run:
       if stopping and not last:
         return False
     return True
+
+  def leave(self, stop: _Stop) -> Any:
+    """Ends the process as the signal would have done."""
+    if self._progress:
+      self._progress.say(
+        f'stopped after step {self._step}, which is saved: the same command goes on.'
+      )
+    raise SystemExit(128 + (stop.signal_number or signal.SIGTERM))
 
   def _train_epoch(self, stop: _Stop) -> bool:
     """Runs the rest of an epoch; False if it was told to stop inside."""
@@ -338,10 +348,6 @@ def _stop_signal() -> Iterator[_Stop]:
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
-
-
-def _leave(stop: _Stop) -> Any:
-  raise SystemExit(128 + (stop.signal_number or signal.SIGTERM))
 
 
 def _other_params(workdir: str, workload: Workload) -> Any:

@@ -46,6 +46,12 @@ class Progress:
     """Takes the newest test accuracy, shown from now on."""
     self._test = f'  test {100 * accuracy:.2f} %'
 
+  def say(self, message: str) -> None:
+    """Writes a line of its own."""
+    self._ticker.keep()
+    self._ticker.show(message, always=True)
+    self._ticker.keep()
+
   def close(self) -> None:
     """Ends the live line."""
     self._ticker.keep()

@@ -55,8 +55,9 @@ def write(
       'test_loss': min(line['loss'] for line in lines),
     },
     'note': (
-      'losses and accuracies are means over the whole split in evaluation mode; '
-      'generalization_gap = test_loss - train_loss'
+      'losses and accuracies are means over the whole split in evaluation mode; a loss '
+      'is KL(labels smoothed by label_smoothing || softmax), which is cross-entropy '
+      'without smoothing; generalization_gap = test_loss - train_loss'
     ),
     **facts,
     'versions': config_lib.versions(),

@@ -107,10 +107,27 @@ def test_any_mode_and_size_of_image(tmp_path):
   assert (GREEN, 0) in _rows(data.parts['images'])
 
 
+def test_sixteen_bits_are_scaled_to_eight(tmp_path):
+  """Medical and microscope images; Pillow cuts them off at 255."""
+  grey = {f'cat/{form}.{form}': _image(51 * 257, (4, 4), form, 'I;16')
+          for form in ('PNG', 'TIFF')}  # fmt: skip
+  data = image_folder.read(_write(tmp_path / 'pets', {**UNSPLIT, **grey}), size=4)
+  assert _rows(data.parts['images']).count(((51, 51, 51), 0)) == 2
+
+
+def test_links_to_nothing_are_named(tmp_path):
+  path = _write(tmp_path / 'pets', UNSPLIT)
+  (path / 'cat' / 'gone.png').symlink_to(tmp_path / 'nowhere.png')
+  with pytest.raises(DataError, match=r'gone\.png cannot be read \(No such file'):
+    image_folder.read(path)
+  with pytest.raises(DataError, match=r'gone\.png cannot be read \(No such file'):
+    image_folder.load('pets', data_dir=str(tmp_path / 'd'), manual_dir=str(tmp_path))
+
+
 BAD = {
   'corrupt image': (
     {'train/cat/1.png': _image(RED, (40, 40))[:60]},
-    r'train/cat/1\.png in .*pets is a damaged image',
+    r'train/cat/1\.png in .*pets cannot be read as an image',
   ),
   'not an image': (
     {'train/dog/notes.txt': b'hello'},
@@ -126,6 +143,18 @@ BAD = {
     r'in test has no images in the class folder dog',
   ),
   'empty class of both': ({'train/bird': None}, r'in train has no images in .* bird'),
+  'empty part': (
+    {'val/dog/1.png': None, 'val/cat/1.png': None, 'val': None},
+    r'pets has no images in test: put its class folders there',
+  ),
+  'other empty part': (
+    {**dict.fromkeys(SPLIT), 'train': None, 'val/cat/1.png': _image(RED)},
+    r'pets has no images in train: put its class folders there',
+  ),
+  '32 bits': (
+    {'train/cat/1.png': _image(70_000, form='TIFF', mode='I')},
+    r'train/cat/1\.png in .* cannot be read as an image \(32 bits a pixel',
+  ),
   'file beside the classes': (
     {'train/1.png': _image(RED)},
     r'the file train/1\.png lies at another depth',
@@ -140,8 +169,8 @@ BAD = {
 @pytest.mark.parametrize(('changes', 'message'), BAD.values(), ids=BAD.keys())
 def test_bad_trees_are_named_in_one_sentence(tmp_path, changes, message):
   files = {**SPLIT, **changes}
-  if files.get('val/dog/1.png', b'') is None:
-    del files['val/dog/1.png']
+  # None is a folder, but an image that is left out.
+  files = {k: v for k, v in files.items() if v is not None or not k.endswith('.png')}
   _write(tmp_path / 'pets', files)
   with pytest.raises(DataError, match=message) as caught:
     image_folder.load('pets', data_dir=str(tmp_path / 'data'), manual_dir=str(tmp_path))
@@ -163,6 +192,17 @@ def test_trees_that_are_no_set_are_refused(tmp_path, files, message):
     image_folder.read(_write(tmp_path / 'pets', files))
 
 
+@pytest.mark.parametrize('form', ['pets.zip', 'pets.tar'])
+def test_what_is_no_archive_is_refused_briefly(tmp_path, form):
+  path = tmp_path / form
+  path.write_bytes(b'<html>')
+  with pytest.raises(
+    DataError, match=r'not a complete archive \([^-]*\): get'
+  ) as caught:
+    image_folder.read(path)
+  assert len(str(caught.value).replace(str(path), '')) < 100
+
+
 @pytest.mark.parametrize('form', ['pets.zip', 'pets.tar.gz'])
 def test_cut_archives_are_refused(tmp_path, form):
   path = _write(tmp_path / form, SPLIT)
@@ -174,5 +214,5 @@ def test_cut_archives_are_refused(tmp_path, form):
 def test_a_set_that_is_not_there_is_asked_for(tmp_path):
   with pytest.raises(DataError, match=r'pets or pets\.tar .* is not in .*--manual_dir'):
     image_folder.load('pets', data_dir=str(tmp_path), manual_dir=str(tmp_path))
-  with pytest.raises(DataError, match="dataset='../pets' is not the name"):
+  with pytest.raises(DataError, match="dataset='../pets': the name"):
     image_folder.load('../pets')

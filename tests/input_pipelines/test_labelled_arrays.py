@@ -60,6 +60,12 @@ BAD = {
   'other length': (_with({}, labels=np.zeros(19, int)), 'differ in length'),
   'empty': ({'train': _part(0), 'test': _part(10)}, 'train are empty'),
   'label': (_with({}, labels=np.full(20, 10)), 'labels are not whole numbers below 10'),
+  'column of labels': (
+    _with({}, labels=np.zeros((20, 1), int)),
+    r'train/labels has the shape \[20, 1\], not \[n\]',
+  ),
+  'one label': (_with({}, labels=np.array(1)), r'has the shape \[\], not \[n\]'),
+  'number beside them': (_with({}, extra=np.array(1)), 'differ in length'),
   'half a label': (_with({}, labels=np.full(20, 0.5)), 'not whole numbers'),
 }
 
@@ -82,6 +88,29 @@ def test_values_that_are_no_numbers_and_other_classes_are_refused(tmp_path):
   labelled_arrays.save(path, LabelledArrays({'beats': beats}, ('a', 'b')))
   with pytest.raises(DataError, match='its classes are not N, S, V, F, Q'):
     mitbih.read(path)
+
+
+def test_unsigned_labels_are_labels_and_one_name_is_no_class_list(tmp_path):
+  part = _part(20) | {'labels': np.arange(20, dtype=np.uint8) % 10}
+  _save(tmp_path, LabelledArrays({'train': part, 'test': part}, cifar10.CLASSES))
+  found = cifar10.read(tmp_path / 'cifar10.npz').parts['train']['labels']
+  assert found.dtype == np.int64 and found.tolist() == part['labels'].tolist()
+  np.savez(tmp_path / 'cifar10.npz', classes=3)
+  with pytest.raises(DataError, match='its classes are not airplane'):
+    cifar10.read(tmp_path / 'cifar10.npz')
+
+
+@pytest.mark.parametrize('at', [0.3, 0.5, 0.7])
+def test_a_flipped_byte_inside_is_refused(tmp_path, at):
+  random = np.random.default_rng(0).integers(0, 9, (200, 32, 32, 3)).astype(np.uint8)
+  part = {'inputs': random, 'labels': np.zeros(200, int)}
+  _save(tmp_path, LabelledArrays({'train': part, 'test': part}, cifar10.CLASSES))
+  path = tmp_path / 'cifar10.npz'
+  content = bytearray(path.read_bytes())
+  content[int(at * len(content))] ^= 0xFF
+  path.write_bytes(content)
+  with pytest.raises(DataError, match='it is no complete npz file'):
+    cifar10.read(path)
 
 
 @pytest.mark.parametrize('keep', [0, 10, 200, 2000])

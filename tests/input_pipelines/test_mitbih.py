@@ -116,6 +116,11 @@ BAD_RECORDS = {
   'no signal': ('.dat', lambda content: None, r'has no 100\.dat'),
   'no annotations': ('.atr', lambda content: None, r'has no 100\.atr'),
   'empty annotations': ('.atr', lambda content: b'', 'record 100 in .* is damaged'),
+  'no frequency': (
+    '.hea',
+    lambda content: content.replace(b'100 2 250 ', b'100 2 0 '),
+    'record 100 in .* is damaged .its frequency is 0',
+  ),
   'no header': ('.hea', lambda content: None, r'has no 100\.hea'),
   'damaged header': (
     '.hea',
@@ -199,6 +204,22 @@ def test_bad_tables_are_named_in_one_sentence(tmp_path, change, message):
   assert '\n' not in str(caught.value)
   assert 'mitbih_train.csv' in str(caught.value)
   assert not (tmp_path / 'data').exists()
+
+
+def test_blank_lines_and_byte_order_marks_are_no_faults(tmp_path):
+  _, lines = _tables(tmp_path)
+  path = tmp_path / 'mitbih_train.csv'
+  path.write_text('\r\n'.join(['', lines[0], '', *lines[1:], '']), 'utf-8-sig')
+  found = mitbih.read_csv(path)
+  assert found['labels'].tolist() == [0, 0, 1, 2, 3, 4]
+  for change, message in BAD_LINES.values():
+    bad = ','.join(change(lines[1].split(',')))
+    path.write_text('\n'.join([lines[0], '', ' ', bad]))
+    with pytest.raises(DataError, match=message.replace('line 2', 'line 4')):
+      mitbih.read_csv(path)
+  path.write_text('\n\n')
+  with pytest.raises(DataError, match='there are no lines'):
+    mitbih.read_csv(path)
 
 
 def test_half_a_pair_and_an_empty_table_are_refused(tmp_path):

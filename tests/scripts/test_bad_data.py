@@ -95,7 +95,7 @@ def _corrupt_record(folder):
 
 _PETS, _ECG = ('--task=cifar10_wrn', '--dataset=pets'), ('--task=mitbih_attention',)
 BAD = {
-  'corrupt image': (_PETS, _corrupt_image, 'train/cat/1.png in .*pets is a damaged'),
+  'corrupt image': (_PETS, _corrupt_image, 'train/cat/1.png in .*pets cannot be read'),
   'no image': (_PETS, _no_image, 'cat/notes.txt in .*pets is not an image'),
   'empty class': (_PETS, _empty_class, 'has no images in the class folder eel'),
   'unknown class': (_PETS, _unknown_class, 'class folder eel, which is none of the 2'),

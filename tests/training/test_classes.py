@@ -66,3 +66,8 @@ def test_many_classes_are_drawn_without_counts(tmp_path):
   found = classes.scores(np.eye(60))
   classes.save(tmp_path, found, 'sixty')
   assert (tmp_path / 'confusion.png').is_file()
+
+
+def test_names_that_the_font_lacks_bring_no_warning(tmp_path):
+  found = classes.scores(np.eye(2), ['\u732b', '\u72ac'])
+  classes.save(tmp_path, found, 'two')  # Warnings are errors here.

@@ -142,7 +142,7 @@ def test_a_killed_run_ends_as_if_never_stopped(whole, small, tmp_path, at):
 @pytest.mark.parametrize(
   'number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
-def test_a_signal_saves_first(whole, small, tmp_path, number):
+def test_a_signal_saves_first(whole, small, tmp_path, capsys, number):
   def send():
     os.kill(os.getpid(), number)
 
@@ -156,7 +156,9 @@ def test_a_signal_saves_first(whole, small, tmp_path, number):
   saved = checkpoints.load(tmp_path / 'run').position
   # The batch was being made while a step before it ran.
   assert 3 <= saved['step'] <= 5
+  assert f'\nstopped after step {saved["step"]}, which is' in capsys.readouterr().out
   _train(small.workload(), tmp_path / 'run')
+  assert f'going on after step {saved["step"]} of' in capsys.readouterr().out
   assert _outcome(tmp_path / 'run') == _outcome(whole)
 
 

@@ -98,6 +98,16 @@ def test_the_bootstrap_spreads_as_the_curvature_of_examples(network, measured, x
 
 
 @pytest.mark.slow
+def test_a_ratio_to_what_may_be_zero_is_not_told(network, measured, tmp_path):
+  told = measured[1]['one_batch']
+  assert told['all_converged'] and told['lambda_min_residual'] < 1e-6
+  assert told['ratio_range'][0] <= told['ratio_median'] <= told['ratio_range'][1]
+  coarse = dataclasses.replace(_OPTIONS, tol=0.5, landscape_points=0)
+  found = sharpness.measure(network, tmp_path, coarse)['one_batch']
+  assert found['lambda_min_residual'] > abs(found['lambda_min'])
+  assert found['ratio_median'] is None
+
+
 def test_batch_statistics_can_be_those_of_the_batch(network, tmp_path, x64):
   options = dataclasses.replace(_OPTIONS, batch_norm='train', batch_size=22)
   summary = sharpness.measure(network, tmp_path, options)

@@ -361,8 +361,8 @@ class _Measurement:
       title = f'single batch {number + 1}/{options.one_batch_repeats}'
       operator = self._objective.operator([batch])
       pairs = self._search(f'{name}_{number}', operator, 1, 'both', title, verify=False)
-      found.append((pairs.eigenvalues[0], pairs.eigenvalues[-1]))
-    return _over_batches(np.array(found), size) if found else None
+      found.append(_extremes(pairs, 1, operator.size))
+    return _over_batches(found, size) if found else None
 
   def _evaluate(self, _: str) -> dict[str, float]:
     """Loss and accuracy of both splits in evaluation mode, with standard errors."""
@@ -445,19 +445,30 @@ def _estimate(name: str, estimate: curvature.Estimate | None) -> dict[str, Any]:
   }
 
 
-def _over_batches(extremes: np.ndarray, batch_size: int) -> dict[str, Any]:
-  """Extremes of single batches, (batches, 2), in numbers."""
-  top, bottom = extremes.T
-  # A batch whose lambda_min is next to 0 has any ratio: so its median and range.
-  ratios = top / np.abs(bottom)
-  several = len(extremes) > 1
+def _over_batches(found: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
+  """Extremes of single batches, in numbers."""
+  top, bottom, residuals, ratios = (
+    np.array([extremes[name] for extremes in found], np.float64)
+    for name in (
+      'lambda_max',
+      'lambda_min',
+      'lambda_min_residual',
+      'lambda_max_over_abs_lambda_min',
+    )
+  )
+  # A batch whose lambda_min is next to 0 has any ratio: so its median and range. Where
+  # it is 0 within its residual the ratio is larger than can be told.
+  ratios = np.where(np.isnan(ratios), np.inf, ratios)
+  several = len(found) > 1
   return {
     'batch_size': batch_size,
-    'num_batches': len(extremes),
+    'num_batches': len(found),
     'lambda_max': top.mean(),
     'lambda_max_standard_deviation': top.std(ddof=1) if several else None,
     'lambda_min': bottom.mean(),
     'lambda_min_standard_deviation': bottom.std(ddof=1) if several else None,
+    'lambda_min_residual': residuals.max(),
+    'all_converged': all(extremes['all_converged'] for extremes in found),
     'ratio_median': np.median(ratios),
     'ratio_range': [ratios.min(), ratios.max()],
   }
