@@ -277,11 +277,13 @@ def _single_batches(runs: list[Run]) -> report.Rows:
     one = run.summary['one_batch']
     if one:
       cells = [
-        f'{_number(one[key])} ± {_number(one[f"{key}_standard_deviation"])}'
+        _with_deviation(one[key], one[f'{key}_standard_deviation'])
         for key in ('lambda_max', 'lambda_min')
       ]
       low, high = one['ratio_range']
-      ratio = f'{_number(one["ratio_median"])} ({_number(low)} to {_number(high)})'
+      ratio = _number(one['ratio_median'])
+      if low != high:
+        ratio += f' ({_number(low)} to {_number(high)})'
       rows.append([name, str(one['batch_size']), str(one['num_batches'])])
       rows[-1] += [*cells, _number(one['lambda_min_residual']), ratio]
   return rows
@@ -294,6 +296,11 @@ _SINGLE_NOTE = (
   'shrinks faster than lambda_max as the Hessian averages over more examples, so the '
   'ratio grows with their number.'
 )
+
+
+def _with_deviation(value: float, deviation: float | None) -> str:
+  text = _number(value)
+  return text if deviation is None else f'{text} ± {_number(deviation)}'
 
 
 def _number(value: float | None) -> str:
