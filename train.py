@@ -22,10 +22,18 @@ from training import config as config_lib
 from training.errors import UsageError
 
 
-def _define_flags() -> cli.Flags:
+def _named_task(argv: Sequence[str]) -> str:
+  """The task that a command line names, before it is parsed; '' if it names none."""
+  flag = '--task='
+  named = [argument[len(flag) :] for argument in argv if argument.startswith(flag)]
+  return named[-1] if named else ''
+
+
+def _define_flags(task: str) -> cli.Flags:
   flags = cli.Flags()
   flags.heading('Flags of a run; unset, the task decides (--task=NAME --help tells)')
-  flags.define_config(lists=('optimizer', 'rho'))
+  recipe = tasks.resolve(task) if task else None
+  flags.define_config(lists=('optimizer', 'rho'), recipe=recipe)
   flags.heading('Several runs')
   flags.define('seeds', 'int', 'runs of each kind, with seeds from --seed on')
   flags.define(
@@ -47,8 +55,8 @@ def _define_flags() -> cli.Flags:
   return flags
 
 
-def _usage(argv: Sequence[str]) -> str:
-  """The script's own help, or that of the task which the command line names."""
+def _usage(task: str) -> str:
+  """The script's own text, or that of a task."""
   names = {
     'Tasks': tasks.TASKS,
     'Methods': optimizers.METHODS,
@@ -58,15 +66,14 @@ def _usage(argv: Sequence[str]) -> str:
     textwrap.fill(f'{kind}: {", ".join(found)}.', 88, subsequent_indent='  ')
     for kind, found in names.items()
   )
-  flag = '--task='
-  named = [argument[len(flag) :] for argument in argv if argument.startswith(flag)]
-  about = tasks.load(named[-1]).__doc__ if named else __doc__
+  about = tasks.load(task).__doc__ if task else __doc__
   return about + '\n' + '\n'.join(lists)
 
 
 def main(argv: Sequence[str]) -> None:
   """Trains what the flags say."""
-  flags = _define_flags().parse(argv, _usage(argv))
+  named = _named_task(argv)
+  flags = _define_flags(named).parse(argv, _usage(named))
   overrides = cli.config_overrides(flags)
   task = overrides.pop('task', 'digits_mlp')
   methods = cli.entries('optimizer', overrides.pop('optimizer', None)) or [None]

@@ -1,4 +1,4 @@
-"""CIFAR-10, or a folder of images, with the paper's wide residual network, WRN-22-8.
+r"""CIFAR-10, or a folder of images, with the paper's wide residual network, WRN-22-8.
 
 python train.py --task=cifar10_wrn --manual_dir=DIR                    SGD
 python train.py --task=cifar10_wrn --manual_dir=DIR --optimizer=asam   ASAM, rho 2

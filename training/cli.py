@@ -53,12 +53,21 @@ class Flags:
       first = f'  {shown}\n{" " * 27}{lines[0]}'
     self._lines += [first, *(' ' * 27 + line for line in lines[1:])]
 
-  def define_config(self, *, lists: Sequence[str] = ()) -> None:
-    """Defines a flag for each field of Config; those in `lists` take several values."""
+  def define_config(
+    self, *, lists: Sequence[str] = (), recipe: Config | None = None
+  ) -> None:
+    """Defines a flag for each field of Config.
+
+    Args:
+      lists: fields that take several values.
+      recipe: the help shows its values.
+    """
     for field in dataclasses.fields(Config):
       kind = str(field.type).removesuffix(' | None')
       kind = 'list' if field.name in lists else kind
-      self.define(field.name, kind, field.metadata['help'])
+      value = getattr(recipe, field.name, None)
+      here = '' if value in (None, '') else f' (here: {value})'
+      self.define(field.name, kind, field.metadata['help'] + here)
 
   def parse(self, argv: Sequence[str], usage: str) -> flags.FlagValues:
     """Parses a command line; prints the help and leaves where it is asked for.

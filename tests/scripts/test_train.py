@@ -78,6 +78,15 @@ def test_data_that_is_not_there(tmp_path, capsys):
   assert time.monotonic() - start < 10 and not workdir.exists()
 
 
+def test_help_of_a_task_tells_its_recipe(capsys):
+  with pytest.raises(SystemExit):
+    _run('--task=cifar10_wrn', '--help')
+  shown = capsys.readouterr().out
+  assert shown.startswith('CIFAR-10') and 'Methods: sam' in shown
+  assert '--learning_rate=X        peak learning rate (here: 0.1)\n' in shown
+  assert max(map(len, shown.splitlines())) <= 88
+
+
 def test_help_names_every_flag_and_choice(capsys):
   with pytest.raises(SystemExit) as caught:
     _run('--help')
