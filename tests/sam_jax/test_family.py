@@ -578,7 +578,7 @@ def test_a_quadratic_has_no_gradient_of_sharpness(x64):
     np.testing.assert_allclose(mean, 0, atol=1e-10)
 
 
-@pytest.mark.parametrize('n', [1, 2, 3])
+@pytest.mark.parametrize('n', [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_det_by_quadrature(n, x64):
   """Handed a grid of probes, phi(E psi) is a Gaussian integral with a closed form.
 

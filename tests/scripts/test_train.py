@@ -190,6 +190,7 @@ def test_folders_that_cannot_be_used(tmp_path, capsys):
   assert _run(f'--workdir={workdir}', '--epochs=1') == 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('default')
 def test_a_damaged_summary_is_made_anew(tmp_path, capsys):
   assert _run(f'--workdir={tmp_path}', '--epochs=1') == 0

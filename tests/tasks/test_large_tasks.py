@@ -18,6 +18,8 @@ from input_pipelines import DataError, cifar10
 from tasks import networks
 from training import cli, loop, optimizers
 
+_SMALL = 'features=8,head_features=(16,),hidden_features=8'
+
 
 def _count(workload):
   variables = jax.eval_shape(
@@ -87,14 +89,13 @@ def test_own_images_and_a_smaller_network(folders):
 
 
 @pytest.mark.parametrize(
-  ('name', 'model'),
+  ('name', 'model', 'dtype'),
   [
-    ('cifar10_wrn', 'depth=10,width=1'),
-    ('mitbih_attention', 'features=8,head_features=(16,),hidden_features=8'),
+    ('cifar10_wrn', 'depth=10,width=1', 'float32'),
+    pytest.param('cifar10_wrn', 'depth=10,width=1', 'bfloat16', marks=pytest.mark.slow),
+    pytest.param('mitbih_attention', _SMALL, 'float32', marks=pytest.mark.slow),
+    pytest.param('mitbih_attention', _SMALL, 'bfloat16', marks=pytest.mark.slow),
   ],
-)
-@pytest.mark.parametrize(
-  'dtype', ['float32', pytest.param('bfloat16', marks=pytest.mark.slow)]
 )
 def test_a_run_of_each(folders, tmp_path, name, model, dtype):
   config = tasks.resolve(

@@ -15,7 +15,7 @@ def _noise(key, inputs):
   return inputs + jax.random.normal(key, inputs.shape, inputs.dtype)
 
 
-@pytest.mark.parametrize('groups', [0, 2])
+@pytest.mark.parametrize('groups', [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_step_that_augments_equals_one_on_augmented_inputs(small, x64, groups):
   config = Config(
     optimizer='sam',

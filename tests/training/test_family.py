@@ -7,12 +7,7 @@ import pytest
 from training import Config, loop, metrics, optimizers, parallel, step
 from training.errors import UsageError
 
-# One by default, the rest with the slow tests.
-SHOWN = ('sam',)
-METHODS = [
-  pytest.param(name, marks=[] if name in SHOWN else pytest.mark.slow)
-  for name in sorted(optimizers.METHODS)
-]
+METHODS = sorted(optimizers.METHODS)
 
 
 def config_of(method, **overrides):
@@ -29,6 +24,7 @@ def config_of(method, **overrides):
   return Config(**{**given, **overrides})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', METHODS)
 def test_trains_logs_and_resumes_bit_for_bit(method, small, tmp_path, monkeypatch):
   """A run stopped after its fourth step goes on as if it had not been."""
@@ -55,6 +51,7 @@ def test_trains_logs_and_resumes_bit_for_bit(method, small, tmp_path, monkeypatc
   assert cut.read_bytes() == uncut.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', METHODS)
 def test_replicas_hold_one_state_in_float64(method, small, x64):
   """pmap over two devices equals vmap over the same shards, and replicas agree."""

@@ -177,6 +177,7 @@ def test_streamed_batches_change_no_bit(whole, small, tmp_path):
     assert 0 < summary.read(run)['input_wait_share'] < 1
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_costs_no_bit(whole, small, tmp_path):
   def kill():
     raise _Killed

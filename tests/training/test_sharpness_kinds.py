@@ -157,9 +157,8 @@ def _killed_after(monkeypatch, products):
   return counter
 
 
-@pytest.mark.parametrize(
-  'products', [45, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 90))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('products', [5, 45, 90])
 def test_a_killed_measurement_repeats_no_product(
   network, tmp_path, monkeypatch, products
 ):

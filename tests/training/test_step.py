@@ -61,7 +61,7 @@ def _data(tree):
 @pytest.mark.parametrize(
   ('name', 'num_replicas'),
   [
-    ('sgd', 2),
+    pytest.param('sgd', 2, marks=pytest.mark.slow),
     ('sam', 2),
     pytest.param('sam', 4, marks=pytest.mark.slow),
     pytest.param('sam, synchronised', 4, marks=pytest.mark.slow),
