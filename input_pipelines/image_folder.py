@@ -148,8 +148,9 @@ def _places(
     inside = _with_part_names(path, inside)
   folders = {parts[:2] for parts in inside.values() if len(parts) > 1}
   places = {name: inside[name][:2] for name in files}
+  filled = {part for part, _ in places.values()}
   for part in part_names:
-    if part not in {filled for filled, _ in places.values()}:
+    if part not in filled:
       raise DataError(
         f'{path} has no images in {part}: put its class folders there, or remove it '
         'and the folder around the others.'

@@ -95,9 +95,8 @@ def _check(
     )
   if labels.ndim != 1:
     raise _damaged(path, f'{part}/labels has the shape {list(labels.shape)}, not [n]')
-  if {array.shape[:1] for array in arrays.values()} != {labels.shape} or not len(
-    labels
-  ):
+  lengths = {array.shape[:1] for array in arrays.values()}
+  if lengths != {labels.shape} or not len(labels):
     raise _damaged(path, f'the arrays of {part} are empty or differ in length')
   if not np.isfinite(inputs).all():
     raise _damaged(path, f'{part}/inputs has a value that is not finite')

@@ -111,7 +111,7 @@ def make_train_step(
 
 
 class _Shard:
-  """The losses of one replica's shard of a batch, which all draw the same dropout.
+  """The losses of one replica's shard of a batch; dropout is the same in all passes.
 
   Attributes:
     total: weight of the batch, over all replicas.
