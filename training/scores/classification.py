@@ -1,17 +1,99 @@
-"""How well each class is told from the others: scores, and `confusion.png`."""
+"""Classification: label-smoothed losses, accuracy, and scores of each class."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import pathlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from training.problem import Batch, Score
 
 FILE_NAME = 'confusion.png'
 # Above these numbers of classes a picture has no room for counts, and for names.
 _MAX_WRITTEN, _MAX_NAMED = 20, 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+  """Scores of logits (B, C) against int labels (B,).
+
+  Attributes:
+    num_classes: C.
+    class_names: by default the numbers of the classes.
+  """
+
+  num_classes: int
+  class_names: tuple[str, ...] = ()
+
+  main = Score('accuracy', 'accuracy', 100, '%')
+
+  def of_examples(self, outputs: jax.Array, batch: Batch) -> jax.Array:
+    """1 where the largest logit is the label's, else 0, (B,)."""
+    correct = jnp.argmax(outputs, axis=-1) == batch['labels']
+    return correct.astype(batch['weights'].dtype)
+
+  def totals(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    """Total weight by true class (rows) and predicted class (columns), (C, C)."""
+    cell = batch['labels'] * self.num_classes + jnp.argmax(outputs, axis=-1)
+    counts = jnp.zeros(self.num_classes**2, batch['weights'].dtype)
+    counts = counts.at[cell].add(batch['weights'])
+    return {'confusion': counts.reshape(self.num_classes, self.num_classes)}
+
+  def summarize(self, totals: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Recall, precision and F1 of each class, and their means."""
+    return scores(totals['confusion'], self.class_names)
+
+  def describe(self, found: dict[str, Any]) -> str:
+    """The macro F1."""
+    return f'macro F1 {found["macro_f1"]:.4f}'
+
+  def draw(self, folder: pathlib.Path, found: dict[str, Any], title: str) -> None:
+    """Draws `confusion.png`."""
+    draw(folder, found, title)
+
+
+def smoothed_kl(
+  label_smoothing: float,
+) -> Callable[[jax.Array, Batch], jax.Array]:
+  r"""The losses of a `Problem`: KL divergence from label-smoothed targets.
+
+  .. math:: \sum_c t_c (\log t_c - \log p_c), \quad
+            t = (1 - s) \text{ on the label},\; s / (C - 1) \text{ elsewhere}
+
+  Args:
+    label_smoothing: s, in [0, 1); 0 is cross-entropy.
+
+  Returns:
+    ``example_losses(logits, batch)`` of float (B, C) and int labels (B,) -> float (B,),
+    in nats; 0 where the model gives exactly the target.
+
+  >>> import jax.numpy as jnp
+  >>> logits = jnp.log(jnp.array([[0.9, 0.05, 0.05]]))
+  >>> loss = smoothed_kl(0.1)(logits, {'labels': jnp.array([0])})
+  >>> abs(round(float(loss[0]), 6))
+  0.0
+  """
+  return functools.partial(_smoothed_kl, label_smoothing)
+
+
+def _smoothed_kl(smoothing: float, logits: jax.Array, batch: Batch) -> jax.Array:
+  num_classes = logits.shape[-1]
+  log_probs = jax.nn.log_softmax(logits)
+  off_target = smoothing / (num_classes - 1)
+  targets = jnp.where(
+    batch['labels'][:, None] == jnp.arange(num_classes)[None, :],
+    1 - smoothing,
+    off_target,
+  ).astype(log_probs.dtype)
+  entropy_terms = jnp.where(targets > 0, targets * jnp.log(targets), 0)
+  return jnp.sum(entropy_terms - targets * log_probs, axis=-1)
 
 
 def scores(confusion: np.ndarray, names: Sequence[str] = ()) -> dict[str, Any]:
@@ -56,7 +138,7 @@ def scores(confusion: np.ndarray, names: Sequence[str] = ()) -> dict[str, Any]:
   }
 
 
-def save(workdir: pathlib.Path, found: dict[str, Any], title: str) -> None:
+def draw(folder: pathlib.Path, found: dict[str, Any], title: str) -> None:
   """Draws the confusion matrix of `scores`, each row as shares of its class."""
   from matplotlib.figure import Figure  # Slow to import, and needed once a run.
 
@@ -81,7 +163,7 @@ def save(workdir: pathlib.Path, found: dict[str, Any], title: str) -> None:
   with warnings.catch_warnings():
     # Names in scripts that the font lacks become boxes; summary.json has them.
     warnings.filterwarnings('ignore', 'Glyph .* missing')
-    figure.savefig(workdir / FILE_NAME, dpi=160)
+    figure.savefig(folder / FILE_NAME, dpi=160)
 
 
 def _ratio(part: int, whole: int) -> float | None:
