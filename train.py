@@ -20,9 +20,20 @@ from typing import Any
 
 import measurements
 import reports
+
 import tasks
 from input_pipelines import DataError
-from training import checkpoints, cli, compiler, loop, methods, optimizers, parallel, summary, sweep
+from training import (
+  checkpoints,
+  cli,
+  compiler,
+  loop,
+  methods,
+  optimizers,
+  parallel,
+  summary,
+  sweep,
+)
 from training import config as config_lib
 from training.errors import UsageError
 

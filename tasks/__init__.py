@@ -120,9 +120,11 @@ def _with_method(
     changes['m_sharpness'] = config.batch_size
   traits = methods.get(config.optimizer).traits
   plain = config.base_optimizer == 'sgd'
-  if traits.needs_momentum and plain and not {'base_optimizer', 'learning_rate'} & {
-    *given
-  }:
+  if (
+    traits.needs_momentum
+    and plain
+    and not {'base_optimizer', 'learning_rate'} & {*given}
+  ):
     # It follows a momentum buffer; the step is as long as without in the long run.
     rate = config.learning_rate * (1 - config.momentum)
     changes |= {'base_optimizer': 'momentum', 'learning_rate': rate}

@@ -26,7 +26,6 @@ RECIPE = training.Config(
 )
 
 
-
 def build(config: training.Config) -> training.Problem:
   """The perceptron and a random 70/30 split of the scans."""
   train, test, num_classes, _ = digits.load(seed=config.split_seed)

@@ -25,7 +25,6 @@ RECIPE = training.Config(
 )
 
 
-
 def build(config: training.Config) -> training.Problem:
   """The graph transformer and a random 70/30 split of the molecules."""
   problem = tudataset_gcn.build(config)

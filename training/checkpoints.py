@@ -18,8 +18,8 @@ import orbax.checkpoint as ocp
 
 from training.config import write_json
 from training.errors import TrainingDiverged, UsageError
-from training.step import TrainState
 from training.problem import Problem
+from training.step import TrainState
 
 FOLDER = 'checkpoints'
 _DAMAGED = 'damaged_checkpoints'

@@ -66,9 +66,7 @@ def _ahead(items: Iterator[Any]) -> Iterator[Any]:
   """The same items, made by a thread while those before them are used."""
   end = object()
   with concurrent.futures.ThreadPoolExecutor(1) as thread:
-    ordered = collections.deque(
-      thread.submit(next, items, end) for _ in range(_AHEAD)
-    )
+    ordered = collections.deque(thread.submit(next, items, end) for _ in range(_AHEAD))
     try:
       while (item := ordered.popleft().result()) is not end:
         ordered.append(thread.submit(next, items, end))

@@ -1,4 +1,4 @@
-"""The sharpness-aware methods by name, found in the library or in a file of one's own."""
+"""The sharpness-aware methods by name: the library's, and those in a user's file."""
 
 from __future__ import annotations
 
@@ -43,11 +43,6 @@ def get(name: str) -> Callable[..., Any] | None:
 def is_method(name: str) -> bool:
   """Whether an optimizer's name is that of a method and not of a base optimizer."""
   return name in found() or plugins.is_reference(name)
-
-
-def wraps_base(function: Callable[..., Any]) -> bool:
-  """Whether a method takes the base chain's place instead of preceding it."""
-  return 'inner' in inspect.signature(function).parameters
 
 
 def hyperparameters(name: str) -> dict[str, library.Hyperparameter]:
@@ -126,4 +121,4 @@ def _check(spec: library.Hyperparameter, value: Any) -> Any:
   try:
     return spec.check(value)
   except ValueError as error:
-    raise UsageError(f'--{spec.flag}={value}: {error}') from error
+    raise UsageError(str(error)) from error

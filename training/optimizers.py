@@ -95,19 +95,20 @@ def _refuse_without_method(config: Config) -> None:
 def _check_method(config: Config) -> None:
   function = methods.get(config.optimizer)
   traits = function.traits
-  wraps_base = methods.wraps_base(function)
   if traits.needs_momentum and config.base_optimizer == 'sgd':
     raise UsageError(
       f'--optimizer={config.optimizer} follows a momentum buffer, which '
       '--base_optimizer=sgd has not: choose momentum, nesterov, adam or adamw.'
     )
-  if _is_periodic(config) and (wraps_base or traits.one_gradient or traits.period):
+  if _is_periodic(config) and (
+    traits.wraps_base or traits.one_gradient or traits.period
+  ):
     raise UsageError(
       f'--perturb_every, --perturb_from and --perturb_until do not go with '
       f'--optimizer={config.optimizer}, which has a period of its own or no clean '
       'gradient to fall back on.'
     )
-  alone = wraps_base or traits.one_gradient or traits.chooses_examples
+  alone = traits.wraps_base or traits.one_gradient or traits.chooses_examples
   if alone and (config.m_sharpness or config.batch_size) != config.batch_size:
     raise UsageError(
       f'--m_sharpness={config.m_sharpness} does not go with '
@@ -224,7 +225,7 @@ def build(
     )
   if sharing.groups:
     built = sam_jax.m_sharpness(built, sharing.groups)
-  wraps_base = methods.wraps_base(methods.get(config.optimizer))
+  wraps_base = methods.get(config.optimizer).traits.wraps_base
   return optax.chain(built, *([] if wraps_base else after))
 
 

@@ -19,8 +19,8 @@ _TEXT_BYTES = 1 << 16
 class DataParallel:
   """The replicas of a step, one a device.
 
-  Several are mapped by `jax.pmap`, with the axis `AXIS` as the first of every array. A
-  single one takes whole batches under a plain `jax.jit`: no axis, nothing to communicate.
+  Several are mapped by `jax.pmap`, with `AXIS` as the first axis of every array. A
+  single one takes whole batches under a plain `jax.jit`, with no axis at all.
 
   Attributes:
     num_replicas: replicas over all processes.
@@ -60,7 +60,7 @@ class DataParallel:
   def map(
     self, step: Callable[..., Any], *, donate: bool = False
   ) -> Callable[..., Any]:
-    """Maps a step written for one replica; with donate its first argument is consumed."""
+    """Maps a step of one replica; with donate its first argument is consumed."""
     donated = (0,) if donate else ()
     if not self.axis_name:
       return jax.jit(step, donate_argnums=donated)

@@ -18,7 +18,9 @@ def is_reference(name: str) -> bool:
 
 def absolute(name: str) -> str:
   """A reference that means the same from every folder; other names are unchanged."""
-  return str(pathlib.Path(name).expanduser().resolve()) if name.endswith('.py') else name
+  return (
+    str(pathlib.Path(name).expanduser().resolve()) if name.endswith('.py') else name
+  )
 
 
 @functools.cache

@@ -80,7 +80,9 @@ def test_a_damaged_config_is_named(tmp_path, text):
 
 
 def test_fields_of_a_later_version_are_refused(tmp_path):
-  (tmp_path / 'config.json').write_text('{"config": {"seed": 1, "colour": "red"}}')
+  (tmp_path / 'config.json').write_text(
+    '{"format": 2, "config": {"seed": 1, "colour": "red"}}'
+  )
   with pytest.raises(UsageError, match='colour'):
     config_lib.load(tmp_path)
   text = '{"format": 2, "config": {"seed": 1}}'
@@ -127,7 +129,7 @@ _FORMAT_1 = {
     ({'optimizer': 'sam', 'm_sharpness': 8}, {'num_ascent_steps': 1}, 8),
     ({'optimizer': 'looksam'}, {'every': 3, 'alpha': 0.7}, 32),
     ({'optimizer': 'asam', 'adaptive_rule': 'all'}, {'weights': 'all'}, 32),
-    ({'optimizer': 'frob_sam'}, {'lam': 0.005, 'num_probes': 2}, 32),
+    ({'optimizer': 'frob_sam'}, {'lam': 0.005, 'num_probes': None}, 32),
     ({'optimizer': 'trace_sam', 'num_probes': 4}, {'num_probes': 4}, 32),
     ({'optimizer': 'gsam', 'gsam_rho_min': 0.01}, {'rho_min': 0.01}, 32),
   ],

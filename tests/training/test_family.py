@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 import tasks
-from training import UsageError, loop, methods, metrics, optimizers, parallel, sharing, step
+from training import (
+  UsageError,
+  loop,
+  methods,
+  metrics,
+  optimizers,
+  parallel,
+  sharing,
+  step,
+)
 
 METHODS = sorted(methods.found())
 

@@ -299,10 +299,14 @@ def test_a_population_is_vmap_over_states(method, small, x64):
       jax.jit(single.train), single.init(number, dtype=jnp.float64), batches
     )
     jax.tree.map(
-      lambda a, b, n=number: np.testing.assert_allclose(a[n], b, rtol=1e-10, atol=1e-12),
+      lambda a, b, n=number: np.testing.assert_allclose(
+        a[n], b, rtol=1e-10, atol=1e-12
+      ),
       got.params,
       alone.params,
     )
     for ours, theirs in zip(metrics, facts, strict=True):
-      for name in theirs:
+      # At a radius of 0 a single run takes no second gradient, and tells no loss there.
+      told = set(theirs) - (set() if member['rho'] else {'perturbed_loss'})
+      for name in told:
         np.testing.assert_allclose(ours[name][number], theirs[name], rtol=1e-10)
