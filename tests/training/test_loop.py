@@ -195,7 +195,7 @@ def test_a_damaged_newest_checkpoint_costs_no_bit(whole, small, tmp_path):
 def test_a_number_that_is_none_stops_and_keeps_the_last_good(small, tmp_path):
   train = small.split(22)
   # An example of the third batch of the first epoch.
-  (example,) = train.batches(8, shards=(1,), seed=0).steps(0)[2][0, :1]
+  (example,) = train.batches(8, shards=(1,), seed=0).indices(0)[2][0, :1]
   train.arrays['inputs'][example] = np.nan
   config = dataclasses.replace(_CONFIG, checkpoint_every=1)
   with pytest.raises(TrainingDiverged, match='loss of step 3 is nan'):
