@@ -168,9 +168,9 @@ class Hyperparameter:
     if self.kind == 'str' and isinstance(value, str):
       return value
     if self.kind == 'bool':
-      value = _BOOLS.get(value.lower()) if isinstance(value, str) else value
-      if isinstance(value, bool):
-        return value
+      truth = _BOOLS.get(value.lower()) if isinstance(value, str) else value
+      if isinstance(truth, bool):
+        return truth
     if self.kind in ('float', 'int') and not isinstance(value, bool):
       try:
         number = float(value)
