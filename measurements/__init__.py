@@ -1,0 +1,17 @@
+"""How sharp a trained network is: one file a measurement, and what all share."""
+
+from measurements.files import FOLDER as FOLDER
+from measurements.files import read as read
+from measurements.hooks import Hook as Hook
+from measurements.hooks import hook as hook
+from measurements.hooks import hookable as hookable
+from measurements.measurement import Measurement as Measurement
+from measurements.network import Network as Network
+from measurements.network import restore as restore
+from measurements.registry import find as find
+from measurements.registry import options_class as options_class
+from measurements.runner import Measurer as Measurer
+from measurements.runner import measure as measure
+
+# The options of all measurements, each a flag of eval_hessian.py.
+Options = options_class()
