@@ -8,6 +8,7 @@ from measurements.hooks import hookable as hookable
 from measurements.measurement import Measurement as Measurement
 from measurements.network import Network as Network
 from measurements.network import restore as restore
+from measurements.registry import choose as choose
 from measurements.registry import find as find
 from measurements.registry import options_class as options_class
 from measurements.runner import Measurer as Measurer

@@ -187,14 +187,15 @@ def _columns(summary: Summary) -> list[Column]:
 
 
 def _details(summary: Summary) -> list[tuple[str, str]]:
-  sure = summary['all_converged'] and summary.get('adaptive_sharpness_converged', True)
+  find = summary.get
+  sure = find('all_converged') and find('adaptive_sharpness_converged', True)
   return [
-    ('lambda_max', number(summary['lambda_max'], '.6g')),
-    ('its residual', number(summary['lambda_max_residual'], '.1e')),
-    ('lambda_min', number(summary['lambda_min'], '.6g')),
-    ('its residual', number(summary['lambda_min_residual'], '.1e')),
-    ('lambda_1 / lambda_5', number(summary['lambda_1_over_lambda_5'])),
-    ('all converged', 'yes' if sure else 'NO'),
+    ('lambda_max', number(find('lambda_max'), '.6g')),
+    ('its residual', number(find('lambda_max_residual'), '.1e')),
+    ('lambda_min', number(find('lambda_min'), '.6g')),
+    ('its residual', number(find('lambda_min_residual'), '.1e')),
+    ('lambda_1 / lambda_5', number(find('lambda_1_over_lambda_5'))),
+    ('all converged', 'yes' if sure else '-' if find('lambda_max') is None else 'NO'),
   ]
 
 

@@ -189,9 +189,7 @@ MEASUREMENT = Measurement(
   check=_check,
   figures=(
     Figure('landscape.png', LANDSCAPE, landscape.load, _contour),
-    Figure(
-      'landscape_surface.png', LANDSCAPE, landscape.load, _surface, single=False
-    ),
+    Figure('landscape_surface.png', LANDSCAPE, landscape.load, _surface, single=False),
   ),
   files=(VTK,),
 )

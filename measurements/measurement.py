@@ -1,4 +1,4 @@
-"""What a file of this package declares: a measurement, and how its numbers are shown."""
+"""What a file of this package declares, and how its numbers are shown."""
 
 from __future__ import annotations
 
@@ -75,9 +75,10 @@ class Measurement(NamedTuple):
     switch: the option without which there is nothing to measure, if there is one.
     check: refuses what cannot be measured, before anything is.
     columns: of the comparison, given a summary.
-    details: headings and texts for the table of single runs, given a summary.
+    details: headings and texts for the table of single runs, given a summary in which
+      its entries may be missing.
     sections: further tables, given summaries by the name of the run.
-    reading: sentences that say what the columns are, given a summary.
+    reading: sentences that say what the columns are, given a summary that has one.
     notes: what entries of `summary.json` are, by name.
     figures: what is drawn.
     files: result files that are no figure's source.

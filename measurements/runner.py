@@ -30,6 +30,7 @@ class Measurer:
   """Measures networks of one problem by programs that are compiled once.
 
   Attributes:
+    problem: that of the networks.
     chosen: the measurements that are made, by name.
   """
 
@@ -44,6 +45,7 @@ class Measurer:
     Raises:
       UsageError: there is no such measurement.
     """
+    self.problem = problem
     self.chosen = registry.choose(only, options)
     self._objective = Objective(problem, options)
 
@@ -115,6 +117,7 @@ def _measured(
   context: Context, chosen: dict[str, Measurement], fingerprint: str
 ) -> dict[str, Any]:
   """Measures anew, or the rest of what was killed."""
+  facts = _facts(context)
   for measurement in chosen.values():
     measurement.check(context)
   context.parts = files.Parts(context.folder, fingerprint, _results())
@@ -124,7 +127,7 @@ def _measured(
     notes |= measurement.notes
     _draw(context, measurement)
   summary = {
-    **_facts(context),
+    **facts,
     'measurements': list(chosen),
     'notes': notes,
     **results,

@@ -39,8 +39,8 @@ def _trace(context: Context, pairs: curvature.Eigenpairs | None) -> dict[str, An
 
 
 def _details(summary: Summary) -> list[tuple[str, str]]:
-  error = summary['trace_standard_error']
-  return [('trace', with_error(summary['trace'], error, '.5g'))]
+  error = summary.get('trace_standard_error')
+  return [('trace', with_error(summary.get('trace'), error, '.5g'))]
 
 
 MEASUREMENT = Measurement(

@@ -69,8 +69,6 @@ def _columns(summary: Summary) -> list[Column]:
 
 
 def _reading(summary: Summary) -> str:
-  if summary['worst_case_sharpness'] is None:
-    return ''
   options = summary['options']
   unit = ' in units of |w|' if options['adaptive_ball'] else ''
   return (
