@@ -4,41 +4,64 @@
   python train.py --optimizer=sam --rho=0.05          the same with SAM
   python train.py --optimizer=sgd,sam --seeds=3       a sweep: a table and a figure
   python train.py --task=mutagenicity_gcn --manual_dir=DIR --optimizer=sam
+  python train.py --task=my_task.py                   a task of your own
 
 A run that was stopped continues when the same command is given again.
 """
 
 from __future__ import annotations
 
+import json
 import pathlib
 import sys
 import textwrap
 from collections.abc import Sequence
+from typing import Any
+
+import measurements
+import reports
 
 import tasks
 from input_pipelines import DataError
-from training import cli, compiler, loop, optimizers, parallel, summary, sweep
+from training import (
+  checkpoints,
+  cli,
+  compiler,
+  loop,
+  methods,
+  optimizers,
+  parallel,
+  summary,
+  sweep,
+)
 from training import config as config_lib
 from training.errors import UsageError
 
 
-def _named_task(argv: Sequence[str]) -> str:
-  """The task that a command line names, before it is parsed; '' if it names none."""
-  flag = '--task='
-  named = [argument[len(flag) :] for argument in argv if argument.startswith(flag)]
-  return named[-1] if named else ''
+def _methods(argv: Sequence[str]) -> list[str]:
+  """The library's methods and those of one's own that a command line names."""
+  own = [name for name in cli.named(argv, 'optimizer').split(',') if name]
+  return [*methods.found(), *(n for n in own if n.endswith('.py') or '.' in n)]
 
 
-def _define_flags(task: str) -> cli.Flags:
+def _define_flags(task: str, names: Sequence[str]) -> cli.Flags:
   flags = cli.Flags()
   flags.heading('Flags of a run; unset, the task decides (--task=NAME --help tells)')
   recipe = tasks.resolve(task) if task else None
   flags.define_config(lists=('optimizer', 'rho'), recipe=recipe)
+  flags.heading('Arguments of methods; unset, the task or the method decides')
+  flags.define_methods(names)
+  flags.define(
+    'sync_perturbation', 'bool', 'one perturbation for the whole batch: the default'
+  )
   flags.heading('Several runs')
   flags.define('seeds', 'int', 'runs of each kind, with seeds from --seed on')
   flags.define(
     'sharpness', 'bool', 'measure lambda_max after each run of a sweep', True
   )
+  flags.heading('Measured during training, into metrics.jsonl')
+  flags.define('measure', 'list', f'any of {", ".join(measurements.hooks())}')
+  flags.define('measure_every', 'int', 'steps between two; 0: each epoch', 0)
   flags.heading('This start')
   flags.define('workdir', 'str', "folder of the run's files", 'runs/TASK_OPTIMIZER')
   flags.define('timing', 'bool', 'write clock times into metrics.jsonl', True)
@@ -58,33 +81,74 @@ def _define_flags(task: str) -> cli.Flags:
 def _usage(task: str) -> str:
   """The script's own text, or that of a task."""
   names = {
-    'Tasks': tasks.TASKS,
-    'Methods': optimizers.METHODS,
+    'Tasks': tasks.names(),
+    'Methods': methods.found(),
     'Base optimizers': optimizers.BASES,
   }
   lists = (
     textwrap.fill(f'{kind}: {", ".join(found)}.', 88, subsequent_indent='  ')
     for kind, found in names.items()
   )
-  about = tasks.load(task).__doc__ if task else __doc__
+  about = (tasks.load(task).__doc__ or f'The task {task}.') if task else __doc__
   return about + '\n' + '\n'.join(lists)
+
+
+def _points(flags, given: dict[str, object], task: str) -> dict[str, config_lib.Config]:
+  """The configurations of the runs by their folder."""
+  if flags.sync_perturbation and given.pop('m_sharpness', None):
+    raise UsageError(
+      '--sync_perturbation makes one group of the whole batch, --m_sharpness many: '
+      'choose one.'
+    )
+  names = cli.entries('optimizer', given.pop('optimizer', None)) or [None]
+  radii = cli.numbers('rho', given.pop('rho', None)) or [None]
+  points = sweep.points(
+    lambda **fields: tasks.resolve(task, **given, **fields), names, radii, flags.seeds
+  )
+  chosen = {config.optimizer for config in points.values()}
+  optimizers.refuse_unheeded(given, chosen)
+  if flags.sync_perturbation and not any(map(methods.is_method, chosen)):
+    raise UsageError(
+      f'--sync_perturbation has no effect with --optimizer={",".join(sorted(chosen))}.'
+    )
+  return points
+
+
+def _hooks(flags, problem, config) -> list[loop.Hook]:
+  """What is measured during training."""
+  names = cli.entries('measure', flags.measure) or []
+  if flags.measure_every < 0:
+    raise UsageError(f'--measure_every={flags.measure_every}: must not be negative.')
+  return [
+    measurements.hook(name, problem, config, flags.measure_every) for name in names
+  ]
+
+
+def _lambda_max(config, problem, workdir: pathlib.Path) -> dict[str, Any]:
+  """The largest Hessian eigenvalue of a finished run, measured once."""
+  path = workdir / 'sharpness.json'
+  if not path.exists():
+    params, batch_stats, _ = checkpoints.load_variables(workdir, problem)
+    config_lib.write_json(path, measurements.lambda_max(problem, params, batch_stats))
+  return {'lambda_max': json.loads(path.read_text())['lambda_max']}
+
+
+def _sweep(points, workdir: pathlib.Path, flags, options) -> None:
+  """Trains and compares several runs."""
+  if flags.measure:
+    raise UsageError('--measure is for a single run: a sweep measures its ends.')
+  measure = _lambda_max if flags.sharpness else None
+  if sweep.run(points, tasks.build, workdir, measure=measure, **options):
+    print(f'\n{reports.sweep.write(workdir)}\n{workdir}/')
 
 
 def main(argv: Sequence[str]) -> None:
   """Trains what the flags say."""
-  named = _named_task(argv)
-  flags = _define_flags(named).parse(argv, _usage(named))
-  overrides = cli.config_overrides(flags)
-  task = overrides.pop('task', 'digits_mlp')
-  methods = cli.entries('optimizer', overrides.pop('optimizer', None)) or [None]
-  radii = cli.numbers('rho', overrides.pop('rho', None)) or [None]
-  points = sweep.points(
-    lambda **fields: tasks.resolve(task, **overrides, **fields),
-    methods,
-    radii,
-    flags.seeds,
-  )
-  optimizers.refuse_unheeded(overrides, {p.optimizer for p in points.values()})
+  named, known = cli.named(argv, 'task'), _methods(argv)
+  flags = _define_flags(named, known).parse(argv, lambda: _usage(named))
+  given = cli.overrides(flags, known)
+  task = given.pop('task', 'digits_mlp')
+  points = _points(flags, given, task)
   if flags['workdir'].present and not flags.workdir:
     raise UsageError('--workdir= is empty: give a folder.')
   compiler.use_all_cores()
@@ -92,19 +156,22 @@ def main(argv: Sequence[str]) -> None:
     compiler.keep_programs()
   parallel.initialize(flags.coordinator, flags.num_processes, flags.process_id)
   options = {'num_devices': flags.devices, 'timing': flags.timing}
-  name = next(iter(points.values())).optimizer
-  name = name if len(points) == 1 else 'sweep'
+  first = next(iter(points.values()))
+  name = config_lib.short(first.optimizer) if len(points) == 1 else 'sweep'
   workdir = pathlib.Path(
-    flags.workdir if flags['workdir'].present else f'runs/{task}_{name}'
+    flags.workdir
+    if flags['workdir'].present
+    else f'runs/{config_lib.short(task)}_{name}'
   )
   if list(points) != ['']:
-    sweep.run(points, tasks.build, workdir, sharpness=flags.sharpness, **options)
+    _sweep(points, workdir, flags, options)
     return
-  config = points['']
-  config_lib.check(config, workdir)
+  config_lib.check(first, workdir)
   finished = summary.read(workdir)
   if not finished:
-    finished = loop.train(config, tasks.build(config), workdir, **options)
+    problem = tasks.build(first)
+    hooks = _hooks(flags, problem, first)
+    finished = loop.train(first, problem, workdir, hooks=hooks, **options)
   if finished:
     print(f'{summary.describe(finished)}\n  {workdir}/')
 

@@ -1,6 +1,6 @@
 """Splits of a data set and their batches, on the host in NumPy.
 
-A batch is a dict of `inputs`, int32 `labels` and float32 `weights`; the weight is
+A batch is a dict of `inputs`, `labels` and float32 `weights`; the weight is
 1 for an example and 0 for padding. Batches are a pure function of
 `(seed, epoch, start)`, so the position of an interrupted run is two integers.
 """
@@ -81,9 +81,9 @@ class Batches:
 
   def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
     """Yields the batches of `epoch`, beginning at step `start` of it."""
-    return map(self.collate, self.steps(epoch, start))
+    return map(self._collate, self.indices(epoch, start))
 
-  def steps(self, epoch: int, start: int = 0) -> list[np.ndarray]:
+  def indices(self, epoch: int, start: int = 0) -> list[np.ndarray]:
     """Returns which examples the batches of `epoch` hold, from step `start` on.
 
     An int64 array of shape `(*shards, slots)` a batch, -1 for an empty slot.
@@ -95,10 +95,6 @@ class Batches:
       order = generator.permutation(self._num_examples)
     firsts = range(start * self._batch_size, self._num_examples, self._batch_size)
     return [self._deal(order[first : first + self._batch_size]) for first in firsts]
-
-  def collate(self, indices: np.ndarray) -> Batch:
-    """Makes the batch of the examples that an array of `steps` names."""
-    return self._collate(indices)
 
   def _deal(self, indices: np.ndarray) -> np.ndarray:
     """Deals indices out contiguously to the shards, filling up with -1."""
@@ -119,11 +115,15 @@ class ArraySplit:
   """
 
   def __init__(self, inputs: np.ndarray, labels: np.ndarray):
-    """Takes inputs of shape `(n, ...)` and integer labels of shape `(n,)`."""
+    """Takes inputs of shape `(n, ...)` and labels of shape `(n, ...)`.
+
+    Labels of integers become int32, others float32.
+    """
     if len(inputs) != len(labels):
       raise ValueError(f'{len(inputs)} inputs have {len(labels)} labels.')
     self._inputs = inputs
-    self._labels = np.asarray(labels, np.int32)
+    whole = np.issubdtype(np.asarray(labels).dtype, np.integer)
+    self._labels = np.asarray(labels, np.int32 if whole else np.float32)
 
   @property
   def num_examples(self) -> int:
@@ -174,9 +174,6 @@ class GraphSplit:
   receiver. Padding nodes and edges belong to the first padding graph, which
   follows the real graphs; padding edges join its first node to itself.
   """
-
-  # Batches are packed, not rows of arrays.
-  arrays = None
 
   def __init__(
     self,

@@ -1,89 +1,149 @@
-"""The workloads by name: each a module with `RECIPE`, `RHO` and `build`."""
+"""The tasks: each a module with a `RECIPE` and a `build`, found in this folder.
+
+A task of one's own is a Python file anywhere, or a module, with
+
+- ``RECIPE``, a `training.Config`: what its flags are where they are not given;
+- ``build(config) -> training.Problem``: model, data, loss of each example, scores;
+- optionally ``METHODS``, arguments of methods that differ from the methods' own, as
+  ``{'sam': {'rho': 0.1}}``.
+
+It is named by ``--task=path/to/my_task.py`` or ``--task=package.module``.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import pkgutil
 import types
 from typing import Any
 
 import training
 from tasks import networks
 from training import config as config_lib
-from training import optimizers
+from training import methods, optimizers, plugins, sharing
 from training.errors import UsageError
 
-TASKS = {
-  'digits_mlp': 'tasks.digits_mlp',
-  'cifar10_wrn': 'tasks.cifar10_wrn',
-  'mitbih_attention': 'tasks.mitbih_attention',
-  'mutagenicity_gcn': 'tasks.mutagenicity_gcn',
-  'mutagenicity_transformer': 'tasks.mutagenicity_transformer',
-  'tudataset_gcn': 'tasks.tudataset_gcn',
-}
+_HELPERS = ('networks',)
+_FIELDS = {field.name for field in dataclasses.fields(training.Config)}
+
+
+def names() -> list[str]:
+  """The tasks of this folder, the default first."""
+  found = [m.name for m in pkgutil.iter_modules(__path__) if m.name not in _HELPERS]
+  return sorted(found, key=lambda name: name != 'digits_mlp')
 
 
 def load(name: str) -> types.ModuleType:
-  """Imports a task.
+  """Imports a task: a name of `names`, a Python file, or a module.
 
   Raises:
-    UsageError: there is no such task.
+    UsageError: there is no such task, or the file is none.
   """
-  config_lib.require_choice('task', name, TASKS)
-  return importlib.import_module(TASKS[name])
+  if name in names():
+    return importlib.import_module(f'tasks.{name}')
+  if not plugins.is_reference(name):
+    config_lib.require_choice(
+      'task', name, [*names(), 'the path of a .py file', 'package.module']
+    )
+  module = plugins.load('task', name)
+  for attribute in ('RECIPE', 'build'):
+    if not hasattr(module, attribute):
+      raise UsageError(
+        f'--task={name}: {module.__name__} has no {attribute}; a task has a RECIPE and '
+        'a function build(config).'
+      )
+  return module
 
 
 def resolve(name: str = 'digits_mlp', **overrides: Any) -> training.Config:
   """The full configuration: a task's recipe with some fields changed.
 
-  A method's radius is the task's own for it, else the method's; with a base optimizer
-  alone there is none. Momentum SAM over a recipe of plain SGD takes momentum at the
-  same effective rate.
+  A method's radius and other arguments are the task's own for it, else the method's;
+  with a base optimizer alone there are none. A method that follows a momentum buffer
+  takes momentum over a recipe of plain SGD, at the same effective rate.
 
   Args:
-    name: a name in TASKS.
-    **overrides: fields of `training.Config`; those that are None are the recipe's.
+    name: a task, see `load`.
+    **overrides: fields of `training.Config`, or flags of the method's arguments (as
+      looksam_every); those that are None are the recipe's.
 
   Raises:
     UsageError: a field's value.
+    TypeError: a name that is neither.
 
   >>> resolve('digits_mlp', optimizer='sam', epochs=3).base_optimizer
   'sgd'
+  >>> resolve('digits_mlp', optimizer='looksam', looksam_every=3).hyperparameters
+  {'every': 3, 'alpha': 0.7}
   """
   task = load(name)
   given = {field: value for field, value in overrides.items() if value is not None}
-  config = dataclasses.replace(task.RECIPE, **given)
+  flags = {flag: given.pop(flag) for flag in set(given) - _FIELDS}
+  if 'optimizer' in given:
+    given['optimizer'] = plugins.absolute(given['optimizer'])
+  recipe = dataclasses.replace(task.RECIPE, task=plugins.absolute(name))
+  config = dataclasses.replace(recipe, **given)
   if config.optimizer in optimizers.BASES and 'base_optimizer' not in given:
     config = dataclasses.replace(config, base_optimizer=config.optimizer)
-  if (
-    config.optimizer == 'msam'
-    and config.base_optimizer == 'sgd'
-    and not ({'base_optimizer', 'learning_rate'} & set(given))
-  ):
-    # It follows a momentum buffer; the step is as long as without in the long run.
-    rate = config.learning_rate * (1 - config.momentum)
-    config = dataclasses.replace(config, base_optimizer='momentum', learning_rate=rate)
-  if config.optimizer in optimizers.METHODS and config.rho is None:
-    own = optimizers.METHODS[config.optimizer].rho
-    config = dataclasses.replace(config, rho=task.RHO.get(config.optimizer, own))
+  known = [*methods.found(), config.optimizer]
+  if unknown := [flag for flag in flags if not methods.owners(flag, known)]:
+    raise TypeError(f'neither a field of Config nor of any method: {unknown}')
+  if methods.is_method(config.optimizer):
+    own = getattr(task, 'METHODS', {}).get(config.optimizer, {})
+    config = _with_method(config, own, given, flags)
   config_lib.validate(config)
   optimizers.validate(config)
+  sharing.of(config)
   return config
 
 
-def build(config: training.Config) -> training.Workload:
-  """The model and the data of a configuration.
+def _with_method(
+  config: training.Config,
+  own: dict[str, Any],
+  given: dict[str, Any],
+  flags: dict[str, Any],
+) -> training.Config:
+  """Fills in what belongs to the configuration's method."""
+  specs = methods.hyperparameters(config.optimizer)
+  by_flag = {spec.flag: name for name, spec in specs.items()}
+  values = methods.resolve(
+    config.optimizer,
+    own,
+    config.hyperparameters,
+    {by_flag[flag]: value for flag, value in flags.items() if flag in by_flag},
+  )
+  changes = {'hyperparameters': values}
+  if config.rho is None:
+    changes['rho'] = own.get('rho', specs['rho'].default)
+  if not config.m_sharpness:
+    changes['m_sharpness'] = config.batch_size
+  traits = methods.get(config.optimizer).traits
+  plain = config.base_optimizer == 'sgd'
+  if (
+    traits.needs_momentum
+    and plain
+    and not {'base_optimizer', 'learning_rate'} & {*given}
+  ):
+    # It follows a momentum buffer; the step is as long as without in the long run.
+    rate = config.learning_rate * (1 - config.momentum)
+    changes |= {'base_optimizer': 'momentum', 'learning_rate': rate}
+  return dataclasses.replace(config, **changes)
+
+
+def build(config: training.Config) -> training.Problem:
+  """The model, the data and the loss of a configuration.
 
   Raises:
     UsageError: the configuration.
     DataError: the data cannot be found or read.
   """
-  workload = load(config.task).build(config)
-  num_examples = workload.train.num_examples
+  problem = load(config.task).build(config)
+  num_examples = problem.train.num_examples
   if config.batch_size > num_examples:
     raise UsageError(
       f'--batch_size={config.batch_size}: the training split has {num_examples} '
       'examples; give at most that.'
     )
-  model = networks.change(workload.model, config.model, workload.example_inputs)
-  return workload._replace(model=model)
+  model = networks.change(problem.model, config.model, problem.example_inputs)
+  return problem._replace(model=model)

@@ -20,6 +20,7 @@ accuracy 95.4 % with SGD and 96.0 % with ASAM.
 import models
 import training
 from input_pipelines import augmentation, cifar10, image_folder
+from training import scores
 
 RECIPE = training.Config(
   task='cifar10_wrn',
@@ -32,15 +33,13 @@ RECIPE = training.Config(
   momentum=0.9,
   weight_decay=5e-4,
   label_smoothing=0.1,
-  # The paper's ASAM is that of its code: |w|, of every parameter.
-  adaptive_rule='all',
-  adaptive_eta=0.0,
 )
 
-RHO = {'asam': 2.0}
+# The paper's ASAM is that of its code: |w|, of every parameter.
+METHODS = {'asam': {'rho': 2.0, 'weights': 'all', 'eta': 0.0}}
 
 
-def build(config: training.Config) -> training.Workload:
+def build(config: training.Config) -> training.Problem:
   """The network and CIFAR-10, or the images that config.dataset names."""
   folders = {'data_dir': config.data_dir, 'manual_dir': config.manual_dir}
   if config.dataset:
@@ -49,12 +48,13 @@ def build(config: training.Config) -> training.Workload:
     found = cifar10.load(**folders)
   train, test, classes = found
   mean, std = augmentation.channel_statistics(train)
-  return training.Workload(
+  return training.Problem(
     model=models.WideResNet(num_classes=len(classes), pixel_mean=mean, pixel_std=std),
     train=train,
     test=test,
-    num_classes=len(classes),
+    example_losses=scores.smoothed_kl(config.label_smoothing),
+    scores=scores.Classification(len(classes), tuple(classes)),
     example_inputs=next(train.batches(1).epoch(0))['inputs'],
     augment=augmentation.crop_flip_cutout(cutout_fill=mean),
-    class_names=classes,
+    loss_name='loss (nats)',
   )

@@ -12,6 +12,7 @@ SAM (standard errors .1; a single scan is .19), lambda_max of the training loss 
 import models
 import training
 from input_pipelines import digits
+from training import scores
 
 RECIPE = training.Config(
   task='digits_mlp',
@@ -24,18 +25,16 @@ RECIPE = training.Config(
   label_smoothing=0.1,
 )
 
-# Radii of the methods whose default does not suit this task.
-RHO = {}
 
-
-def build(config: training.Config) -> training.Workload:
+def build(config: training.Config) -> training.Problem:
   """The perceptron and a random 70/30 split of the scans."""
   train, test, num_classes, _ = digits.load(seed=config.split_seed)
-  batch = next(train.batches(1).epoch(0))
-  return training.Workload(
+  return training.Problem(
     model=models.MLP(num_classes=num_classes),
     train=train,
     test=test,
-    num_classes=num_classes,
-    example_inputs=batch['inputs'],
+    example_losses=scores.smoothed_kl(config.label_smoothing),
+    scores=scores.Classification(num_classes),
+    example_inputs=next(train.batches(1).epoch(0))['inputs'],
+    loss_name='loss (nats)',
   )

@@ -17,6 +17,7 @@ from the paper: test accuracy 94.6 % with SGD and 94.3 % with ASAM.
 import models
 import training
 from input_pipelines import mitbih
+from training import scores
 
 RECIPE = training.Config(
   task='mitbih_attention',
@@ -30,15 +31,13 @@ RECIPE = training.Config(
   momentum=0.9,
   weight_decay=5e-4,
   label_smoothing=0.1,
-  # The paper's ASAM is that of its code: |w|, of every parameter.
-  adaptive_rule='all',
-  adaptive_eta=0.0,
 )
 
-RHO = {'asam': 1.0}
+# The paper's ASAM is that of its code: |w|, of every parameter.
+METHODS = {'asam': {'rho': 1.0, 'weights': 'all', 'eta': 0.0}}
 
 
-def build(config: training.Config) -> training.Workload:
+def build(config: training.Config) -> training.Problem:
   """The network and the selection of heartbeats that config.dataset names."""
   train, test, classes = mitbih.load(
     config.dataset,
@@ -46,11 +45,12 @@ def build(config: training.Config) -> training.Workload:
     manual_dir=config.manual_dir,
     seed=config.split_seed,
   )
-  return training.Workload(
+  return training.Problem(
     model=models.Attention(num_classes=len(classes)),
     train=train,
     test=test,
-    num_classes=len(classes),
+    example_losses=scores.smoothed_kl(config.label_smoothing),
+    scores=scores.Classification(len(classes), tuple(classes)),
     example_inputs=next(train.batches(1).epoch(0))['inputs'],
-    class_names=classes,
+    loss_name='loss (nats)',
   )

@@ -3,7 +3,7 @@
 python train.py --task=mutagenicity_transformer [--optimizer=graphsam] --manual_dir=DIR
 
 DIR holds the publisher's Mutagenicity.zip; without it the archive is downloaded. The
-workload on which GraphSAM is measured beside SAM and Adam; 68,058 parameters. Expected
+task on which GraphSAM is measured beside SAM and Adam; 68,058 parameters. Expected
 accuracy and time: docs/results.md.
 """
 
@@ -24,11 +24,9 @@ RECIPE = training.Config(
   label_smoothing=0.1,
 )
 
-RHO = {}
 
-
-def build(config: training.Config) -> training.Workload:
+def build(config: training.Config) -> training.Problem:
   """The graph transformer and a random 70/30 split of the molecules."""
-  workload = tudataset_gcn.build(config)
-  model = models.GraphTransformer(num_classes=workload.num_classes)
-  return workload._replace(model=model)
+  problem = tudataset_gcn.build(config)
+  model = models.GraphTransformer(num_classes=problem.scores.num_classes)
+  return problem._replace(model=model)

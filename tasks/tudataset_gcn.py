@@ -9,6 +9,7 @@ is that of mutagenicity_gcn with half the epochs.
 import models
 import training
 from input_pipelines import tudataset
+from training import scores
 from training.errors import UsageError
 
 RECIPE = training.Config(
@@ -23,10 +24,10 @@ RECIPE = training.Config(
   label_smoothing=0.1,
 )
 
-RHO = {'sam': 0.005, 'asam': 0.05}
+METHODS = {'sam': {'rho': 0.005}, 'asam': {'rho': 0.05}}
 
 
-def build(config: training.Config) -> training.Workload:
+def build(config: training.Config) -> training.Problem:
   """The graph network and a random 70/30 split of the data set."""
   if not config.dataset:
     raise UsageError(
@@ -40,10 +41,12 @@ def build(config: training.Config) -> training.Workload:
     seed=config.split_seed,
   )
   batch = next(train.batches(config.batch_size).epoch(0))
-  return training.Workload(
+  return training.Problem(
     model=models.GCN(num_classes=num_classes),
     train=train,
     test=test,
-    num_classes=num_classes,
+    example_losses=scores.smoothed_kl(config.label_smoothing),
+    scores=scores.Classification(num_classes),
     example_inputs=batch['inputs'],
+    loss_name='loss (nats)',
   )

@@ -18,8 +18,8 @@ import orbax.checkpoint as ocp
 
 from training.config import write_json
 from training.errors import TrainingDiverged, UsageError
+from training.problem import Problem
 from training.step import TrainState
-from training.workload import Workload
 
 FOLDER = 'checkpoints'
 _DAMAGED = 'damaged_checkpoints'
@@ -159,13 +159,13 @@ def load(workdir: pathlib.Path, step: int | None = None) -> Checkpoint:
 
 
 def load_variables(
-  workdir: str | os.PathLike[str], workload: Workload
+  workdir: str | os.PathLike[str], problem: Problem
 ) -> tuple[Any, Any, int]:
   """The model of a run as it was last stored.
 
   Args:
     workdir: the run's folder.
-    workload: the run's model, which the checkpoint must fit.
+    problem: has the run's model, which the checkpoint must fit.
 
   Returns:
     Its parameters and batch statistics in NumPy, and the step.
@@ -175,7 +175,7 @@ def load_variables(
   """
   workdir = pathlib.Path(workdir)
   variables = jax.eval_shape(
-    workload.model.init, jax.random.key(0), workload.example_inputs
+    problem.model.init, jax.random.key(0), problem.example_inputs
   )
   newest = load(workdir)
   params, batch_stats = (

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
+from training import methods
 from training.config import Config
 from training.errors import TrainingDiverged, UsageError
 
@@ -56,27 +57,41 @@ class Flags:
   def define_config(
     self, *, lists: Sequence[str] = (), recipe: Config | None = None
   ) -> None:
-    """Defines a flag for each field of Config.
+    """Defines a flag for each field of Config that is a single value.
 
     Args:
       lists: fields that take several values.
       recipe: the help shows its values.
     """
-    for field in dataclasses.fields(Config):
+    for field in config_fields():
       kind = str(field.type).removesuffix(' | None')
       kind = 'list' if field.name in lists else kind
       value = getattr(recipe, field.name, None)
       here = '' if value in (None, '') else f' (here: {value})'
       self.define(field.name, kind, field.metadata['help'] + here)
 
-  def parse(self, argv: Sequence[str], usage: str) -> flags.FlagValues:
+  def define_methods(self, names: Sequence[str]) -> None:
+    """Defines a flag for each argument of some methods."""
+    for flag, spec in methods.flags(names).items():
+      owners = ', '.join(methods.owners(flag, names))
+      default = '' if spec.default is None else f' (default: {spec.default})'
+      self.define(flag, spec.kind, f'{owners}: {spec.help}{default}')
+
+  def parse(
+    self, argv: Sequence[str], usage: str | Callable[[], str]
+  ) -> flags.FlagValues:
     """Parses a command line; prints the help and leaves where it is asked for.
+
+    Args:
+      argv: the command line, the script's name first.
+      usage: what the help begins with, or what makes it.
 
     Raises:
       UsageError: an argument that is not a flag.
       flags.Error: an unknown flag or a value of the wrong kind.
     """
     if any(argument in _HELP for argument in argv[1:]):
+      usage = usage if isinstance(usage, str) else usage()
       print(usage.strip() + '\n' + '\n'.join(self._lines))
       raise SystemExit(0)
     rest = self._values(list(argv))[1:]
@@ -89,10 +104,28 @@ class Flags:
     return self._values
 
 
-def config_overrides(values: flags.FlagValues) -> dict[str, object]:
-  """The fields of Config that the command line sets."""
-  names = [field.name for field in dataclasses.fields(Config)]
-  return {name: values[name].value for name in names if values[name].value is not None}
+def config_fields() -> list[dataclasses.Field]:
+  """The fields of Config that are flags."""
+  fields = dataclasses.fields(Config)
+  return [field for field in fields if field.name != 'hyperparameters']
+
+
+def overrides(values: flags.FlagValues, names: Sequence[str]) -> dict[str, object]:
+  """What the command line sets of Config and of the arguments of some methods."""
+  known = [field.name for field in config_fields()] + list(methods.flags(names))
+  return {name: values[name].value for name in known if values[name].value is not None}
+
+
+def named(argv: Sequence[str], flag: str) -> str:
+  """The value of a flag in a command line that is not parsed yet; '' without one."""
+  values = ''
+  for before, argument in zip(['', *argv], argv, strict=False):
+    name, equals, value = argument.lstrip('-').partition('=')
+    if argument.startswith('-') and name == flag and equals:
+      values = value
+    elif before.lstrip('-') == flag and before.startswith('-'):
+      values = argument
+  return values
 
 
 def entries(name: str, texts: Sequence[str] | None) -> Sequence[str] | None:

@@ -12,14 +12,16 @@ import pathlib
 import platform
 from typing import IO, Any
 
+from training import migration
 from training.errors import UsageError
 
 FILE_NAME = 'config.json'
 _LOCK_NAME = '.lock'
 _MAX_SEED = 2**31 - 1
+# Raised when a field changes its meaning; older files are brought up to date by `load`.
+FORMAT = 2
 SCHEDULES = ('step', 'cosine', 'constant')
 DTYPES = ('float32', 'bfloat16')
-ADAPTIVE_RULES = ('weights', 'all')
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
@@ -59,37 +61,14 @@ class Config:
     0.1,
     'probability spread over the wrong classes; losses are KL divergences from that',
   )
-  m_sharpness: int = _field(
-    0, 'examples a group, each of which is perturbed for itself; 0: one a device'
+  hyperparameters: dict[str, Any] = dataclasses.field(
+    default_factory=dict,
+    hash=False,
+    metadata={'help': "the method's other arguments, by name", 'may_change': False},
   )
-  sync_perturbation: bool = _field(
-    False, 'one common perturbation over all devices, instead of one each'
+  m_sharpness: int | None = _field(
+    None, 'examples that share a perturbation, a divisor of --batch_size; unset: all'
   )
-  adaptive_eta: float = _field(0.01, 'asam: added to |w|')
-  adaptive_rule: str = _field(
-    'weights', 'asam: scale the radius by |w| in weights (ndim >= 2) only, or in all'
-  )
-  num_ascent_steps: int = _field(1, 'sam: ascent steps, each of rho / this')
-  gsam_alpha: float = _field(0.4, 'gsam: share of the orthogonal part subtracted')
-  gsam_rho_min: float | None = _field(
-    None, 'gsam: radius at the smallest learning rate; unset: rho throughout'
-  )
-  wsam_gamma: float = _field(0.9, 'wsam, decoupled_wsam: weight of sharpness')
-  looksam_every: int = _field(5, 'looksam: steps between ascents')
-  looksam_alpha: float = _field(0.7, 'looksam: size of the reused direction')
-  friendly_sigma: float = _field(1.0, 'friendly_sam: share of the average removed')
-  friendly_decay: float = _field(0.9, 'friendly_sam: decay of the average')
-  esam_beta: float = _field(0.5, 'esam: share of the weights perturbed')
-  esam_gamma: float = _field(0.5, 'esam: share of the examples kept')
-  graphsam_beta: float = _field(0.99, 'graphsam: decay of the average')
-  graphsam_gamma: float = _field(0.5, 'graphsam: factor on rho at each decay')
-  graphsam_epochs: int = _field(1, 'graphsam: epochs between decays')
-  universal_lam: float | None = _field(
-    None, "trace_sam, frob_sam, det_sam: weight of sharpness; unset: the method's"
-  )
-  num_probes: int = _field(0, "trace_sam, frob_sam, det_sam: probes; 0: the method's")
-  antithetic: bool = _field(False, 'trace_sam, frob_sam, det_sam: probes in pairs')
-  det_half_width: float = _field(0.01, 'det_sam: half-width of the cube of probes')
   perturb_every: int = _field(1, 'run the method every so many steps')
   perturb_from: float = _field(0.0, 'epoch from which on the method runs')
   perturb_until: float = _field(0.0, 'epoch until which the method runs; 0: the end')
@@ -118,25 +97,12 @@ class Config:
   )
 
 
-_CHOICES = {
-  'schedule': SCHEDULES,
-  'dtype': DTYPES,
-  'adaptive_rule': ADAPTIVE_RULES,
-}
-_AT_LEAST_ONE = (
-  'epochs',
-  'batch_size',
-  'num_ascent_steps',
-  'looksam_every',
-  'graphsam_epochs',
-  'perturb_every',
-)
+_CHOICES = {'schedule': SCHEDULES, 'dtype': DTYPES}
+_AT_LEAST_ONE = ('epochs', 'batch_size', 'perturb_every')
 _NOT_NEGATIVE = (
   'learning_rate',
   'warmup_epochs',
   'weight_decay',
-  'm_sharpness',
-  'adaptive_eta',
   'clip_norm',
   'device_data_gib',
   'seed',
@@ -144,12 +110,10 @@ _NOT_NEGATIVE = (
   'log_every',
   'checkpoint_every',
   'keep_checkpoints',
-  'num_probes',
   'perturb_from',
   'perturb_until',
 )
-_BELOW_ONE = ('momentum', 'label_smoothing', 'wsam_gamma', 'friendly_decay')
-_SHARES = ('esam_beta', 'esam_gamma')
+_BELOW_ONE = ('momentum', 'label_smoothing')
 
 
 def validate(config: Config) -> None:
@@ -168,9 +132,7 @@ def validate(config: Config) -> None:
     (_AT_LEAST_ONE, lambda x: x >= 1, 'must be at least 1'),
     (_NOT_NEGATIVE, lambda x: x >= 0, 'must not be negative'),
     (_BELOW_ONE, lambda x: 0 <= x < 1, 'must be at least 0 and below 1'),
-    (_SHARES, lambda x: 0 < x <= 1, 'must be above 0 and at most 1'),
     (('seed', 'split_seed'), lambda x: x <= _MAX_SEED, f'must be at most {_MAX_SEED}'),
-    (('det_half_width',), lambda x: x > 0, 'must be positive'),
   ):
     for name in names:
       _require(config, name, allowed(getattr(config, name)), reason)
@@ -186,12 +148,12 @@ def _validate_together(config: Config) -> None:
       config.rho >= 0,
       'the radius must not be negative; 0 turns the perturbation off',
     )
-  if config.gsam_rho_min is not None:
+  if config.m_sharpness is not None:
     _require(
       config,
-      'gsam_rho_min',
-      0 <= config.gsam_rho_min <= (config.rho or math.inf),
-      'must not be negative nor above --rho',
+      'm_sharpness',
+      config.m_sharpness > 0 and config.batch_size % config.m_sharpness == 0,
+      f'must divide --batch_size={config.batch_size}',
     )
   _require(
     config,
@@ -235,7 +197,11 @@ def save(config: Config, workdir: pathlib.Path) -> None:
   """Writes `config.json`, whole or not at all."""
   write_json(
     workdir / FILE_NAME,
-    {'config': dataclasses.asdict(config), 'versions': versions()},
+    {
+      'format': FORMAT,
+      'config': dataclasses.asdict(config),
+      'versions': versions(),
+    },
   )
 
 
@@ -252,9 +218,17 @@ def load(workdir: str | os.PathLike[str]) -> Config:
       'train.py run.'
     )
   try:
-    fields = json.loads(path.read_text())['config']
+    stored = json.loads(path.read_text())
+    fields, number = stored['config'], stored.get('format', 1)
+    if not isinstance(number, int) or number > FORMAT:
+      raise UsageError(
+        f'{path} has the format {number}, this version knows {FORMAT}: use the version '
+        'that wrote it.'
+      )
+    if number == 1:
+      fields = migration.from_format_1(fields)
     known = {field.name for field in dataclasses.fields(Config)}
-    # Fields of a later version are refused, fields of an earlier one take defaults.
+    # Fields of an earlier version that are missing take their defaults.
     unknown = sorted(set(fields) - known)
     if unknown:
       raise UsageError(
@@ -262,12 +236,25 @@ def load(workdir: str | os.PathLike[str]) -> Config:
         'version that wrote it.'
       )
     return Config(**fields)
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
     if isinstance(error, UsageError):
       raise
     raise UsageError(
       f'{path} is damaged ({error}): restore it, or choose another --workdir.'
     ) from error
+
+
+def label(config: Config) -> str:
+  """A run's method in a few words: optimizer, base optimizer, radius."""
+  radius = '' if config.rho is None else f', rho {config.rho:g}'
+  base = config.base_optimizer
+  over = f' over {base}' if base and base != config.optimizer else ''
+  return f'{short(config.optimizer)}{over}{radius}'
+
+
+def short(name: str) -> str:
+  """The name of a task or method; of a file the name without its folder."""
+  return pathlib.Path(name).stem if name.endswith('.py') else name
 
 
 def check(config: Config, workdir: pathlib.Path) -> None:

@@ -5,11 +5,19 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
+from training.problem import Score
+
 FILE_NAME = 'curves.png'
 
 
-def save(workdir: pathlib.Path, lines: list[dict[str, Any]], title: str) -> None:
-  """Draws loss and accuracy by epoch from the lines of `metrics.jsonl`."""
+def save(
+  workdir: pathlib.Path,
+  lines: list[dict[str, Any]],
+  title: str,
+  score: Score,
+  loss_name: str,
+) -> None:
+  """Draws loss and main score by epoch from the lines of `metrics.jsonl`."""
   # Slow to import, and needed once a run.
   from matplotlib.figure import Figure
   from matplotlib.ticker import LogFormatter, MaxNLocator
@@ -27,17 +35,18 @@ def save(workdir: pathlib.Path, lines: list[dict[str, Any]], title: str) -> None
     epochs = [line['epoch'] for line in chosen]
     style = f'{colour}.-'  # Points too: one epoch is no line.
     axes[0].plot(epochs, [line['loss'] for line in chosen], style, label=split)
-    accuracy = [100 * line['accuracy'] for line in chosen]
-    axes[1].plot(epochs, accuracy, style, label=split)
+    values = [score.scale * line[score.name] for line in chosen]
+    axes[1].plot(epochs, values, style, label=split)
     perturbed = [line['perturbed_loss'] for line in chosen]
     if split == 'train' and any(value is not None for value in perturbed):
       axes[0].plot(epochs, perturbed, f'{colour}.--', lw=1, label='train, perturbed')
-  axes[0].set(xlabel='epoch', ylabel='loss (nats)', yscale='log')
-  axes[1].set(xlabel='epoch', ylabel='accuracy (%)')
+  label = f'{score.label} ({score.unit})' if score.unit else score.label
+  axes[0].set(xlabel='epoch', ylabel=loss_name, yscale='log')
+  axes[1].set(xlabel='epoch', ylabel=label)
   axes[0].yaxis.set_major_formatter('{x:g}')
   axes[0].yaxis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
   axes[0].legend(frameon=False)
-  axes[1].legend(frameon=False, loc='lower right')
+  axes[1].legend(frameon=False)
   figure.suptitle(title)
   for panel in axes:
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import collections
+import concurrent.futures
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,17 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from training.parallel import DataParallel
-from training.workload import Batch, Batches, Split
+from training.problem import Batch, Batches, Split
 
-# Batches that are made ahead of the step that takes them, and the threads for it.
-_AHEAD, _THREADS = 4, 2
+# Batches that are made ahead of the step that takes them.
+_AHEAD = 4
 _GIB = 1 << 30
 
 
 def fit(splits: Sequence[Split], limit_gib: float) -> bool:
   """Whether the arrays of all splits together take at most so many GiB."""
-  arrays = [split.arrays for split in splits]
-  if None in arrays:
+  arrays = [getattr(split, 'arrays', None) for split in splits]
+  if any(found is None for found in arrays):
     return False
   return sum(x.nbytes for x in jax.tree.leaves(arrays)) <= limit_gib * _GIB
 
@@ -31,8 +32,8 @@ class Feed:
   """The batches of one split, on the devices.
 
   A resident split is copied to every device once, and a batch is made there from the
-  numbers of its examples. Batches of others are made on the host by grain, in threads
-  that run ahead of the steps. Both give the same batches, bit for bit.
+  numbers of its examples. Batches of others are made on the host, in a thread that runs
+  ahead of the steps. Both give the same batches, bit for bit.
 
   Attributes:
     split: the split.
@@ -49,24 +50,30 @@ class Feed:
 
   def epoch(self, batches: Batches, epoch: int, start: int = 0) -> Iterator[Batch]:
     """Yields this process's shards of an epoch's batches, from step `start` on."""
-    steps = batches.steps(epoch, start)
     if self._arrays is None:
-      yield from self._stream(batches, steps)
+      yield from _ahead(self._placed(batches.epoch(epoch, start)))
       return
-    for indices in steps:
+    for indices in batches.indices(epoch, start):
       yield self._take(self._arrays, self._replicas.local(indices.astype(np.int32)))
 
-  def _stream(self, batches: Batches, steps: Sequence[np.ndarray]) -> Iterator[Batch]:
-    import grain  # Slow to import, and of use to sets that do not fit alone.
+  def _placed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+      placed = self._replicas.place(self._replicas.local(batch))
+      yield jax.block_until_ready(placed)
 
-    def make(indices):
-      batch = self._replicas.local(batches.collate(indices))
-      return jax.block_until_ready(self._replicas.place(batch))
 
-    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
-    made = iter(grain.MapDataset.source(steps).map(make).to_iter_dataset(options))
-    with contextlib.closing(made):
-      yield from made
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+  """The same items, made by a thread while those before them are used."""
+  end = object()
+  with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    ordered = collections.deque(thread.submit(next, items, end) for _ in range(_AHEAD))
+    try:
+      while (item := ordered.popleft().result()) is not end:
+        ordered.append(thread.submit(next, items, end))
+        yield item
+    finally:
+      for future in ordered:
+        future.cancel()
 
 
 class Stopwatch:

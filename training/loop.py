@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import pathlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from training import (
   checkpoints,
-  classes,
   curves,
   feeding,
   optimizers,
   parallel,
+  sharing,
   step,
   summary,
 )
@@ -29,32 +30,51 @@ from training import config as config_lib
 from training import metrics as metrics_lib
 from training.config import Config
 from training.errors import UsageError
+from training.problem import Problem
 from training.progress import Progress
-from training.workload import Workload
 
 # Of the time, what checkpoints at the ends of short epochs may take.
 _SAVING_SHARE = 0.05
 
 
+class Hook(Protocol):
+  """What is measured while a network trains, and written into `metrics.jsonl`.
+
+  Attributes:
+    name: the `split` of its lines.
+  """
+
+  name: str
+
+  def due(self, step: int, steps_per_epoch: int) -> bool:
+    """Whether to measure after a number of steps; the first call is at step 0."""
+
+  def __call__(self, params: Any, batch_stats: Any, step: int) -> dict[str, Any]:
+    """What JSON holds, by name: a pure function of the arguments, or a run that was
+    killed and started again would write other lines than one that was not."""
+
+
 def train(
   config: Config,
-  workload: Workload,
+  problem: Problem,
   workdir: str | os.PathLike[str],
   *,
   num_devices: int = 0,
   timing: bool = True,
+  hooks: Sequence[Hook] = (),
 ) -> dict[str, Any]:
-  """Trains a workload, or continues the run that workdir holds.
+  """Trains on a problem, or continues the run that workdir holds.
 
   A run that is stopped at any moment and called again ends as if never stopped, bit for
   bit on the same devices. A finished run is only read.
 
   Args:
     config: a resolved configuration (`resolve` of the tasks package).
-    workload: model and data.
+    problem: model, data, loss and scores.
     workdir: folder of the run's files; made if needed.
     num_devices: devices of this process to use; 0 uses all.
     timing: False leaves the clock's fields out of `metrics.jsonl`.
+    hooks: what is measured during training, on the primary process.
 
   Returns:
     The run's summary, as in `summary.json`.
@@ -66,13 +86,14 @@ def train(
   """
   workdir = pathlib.Path(workdir)
   config_lib.validate(config)
+  optimizers.validate(config)
   replicas = parallel.DataParallel(num_devices)
-  optimizers.validate(config, replicas.num_replicas)
+  shared = sharing.of(config, replicas.num_replicas)
   config_lib.check(config, workdir)
   finished = summary.read(workdir)
   if finished:
     return finished
-  run = _Run(config, workload, workdir, replicas, timing)
+  run = _Run(config, problem, workdir, replicas, shared, timing, hooks)
   with contextlib.closing(run), _stop_signal() as stop:
     return run.finish() if run.train(stop) else run.leave(stop)
 
@@ -83,55 +104,59 @@ class _Run:
   def __init__(
     self,
     config: Config,
-    workload: Workload,
+    problem: Problem,
     workdir: pathlib.Path,
     replicas: parallel.DataParallel,
+    shared: sharing.Sharing,
     timing: bool,
+    hooks: Sequence[Hook],
   ):
-    self._config, self._workload, self._workdir = config, workload, workdir
-    self._replicas = replicas
-    groups = optimizers.num_groups(config, replicas.num_replicas)
-    self._batches = workload.train.batches(
-      config.batch_size,
-      shards=(replicas.num_replicas, *([groups] if groups else [])),
-      seed=config.seed,
+    self._config, self._problem, self._workdir = config, problem, workdir
+    self._replicas, self._score = replicas, problem.scores.main
+    self._batches = problem.train.batches(
+      config.batch_size, shards=(*replicas.axes, *shared.axes), seed=config.seed
     )
     self._steps_per_epoch = self._batches.steps_per_epoch
-    tx = optimizers.build(config, self._steps_per_epoch, replicas.num_replicas)
-    model = workload.model
-    state = step.init_state(model, tx, workload.example_inputs, config.seed)
+    stepper = step.Stepper(
+      problem, config, self._steps_per_epoch, shared, replicas.axis_name
+    )
+    state = jax.jit(stepper.init)(config.seed)
     if config.init_from:
-      state = state._replace(params=_other_params(config.init_from, workload))
+      state = state._replace(params=_other_params(config.init_from, problem))
     self._num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
     # One compiled step a phase of a periodic method; one for all others.
     self._train_steps = {
-      phase: replicas.map(
-        step.make_train_step(model, tx, config, groups, phase, workload.augment),
-        donate=True,
-      )
+      phase: replicas.map(functools.partial(stepper.train, phase=phase), donate=True)
       for phase in (None, False, True)
     }
-    self._eval_step = replicas.map(step.make_eval_step(model, config))
-    splits = (workload.train, workload.test)
+    self._eval_step = replicas.map(stepper.evaluate)
+    splits = (problem.train, problem.test)
     resident = feeding.fit(splits, config.device_data_gib)
     self._train_feed, self._test_feed = (
       feeding.Feed(split, replicas, resident=resident) for split in splits
     )
     # Nothing is written before all of the above has proved usable.
     self._checkpoints = self._lock = None
+    self._hooks: Sequence[Hook] = ()
     if parallel.is_primary():
       self._lock = config_lib.claim(config, workdir)
       self._checkpoints = checkpoints.Checkpoints(workdir, config.keep_checkpoints)
+      self._hooks = hooks
     self._restore(state)
     self._metrics = None
     self._progress = None
     if parallel.is_primary():
-      self._metrics = metrics_lib.MetricsFile(workdir, self._step, timing=timing)
-      self._progress = Progress(config.epochs, config.epochs * self._steps_per_epoch)
+      self._metrics = metrics_lib.MetricsFile(
+        workdir, self._step or -1, self._score.name, timing=timing
+      )
+      total = config.epochs * self._steps_per_epoch
+      self._progress = Progress(config.epochs, total, self._score)
       if self._step:
         self._progress.say(f'going on after step {self._step} of {workdir}/')
     self._started = time.monotonic()
     self._next_save = self._started
+    if not self._step:
+      self._measure()
 
   def _restore(self, state: step.TrainState) -> None:
     """Takes the newest checkpoint's state and position, else the given state's."""
@@ -149,7 +174,8 @@ class _Run:
     self._means = metrics_lib.EpochMeans(position['means'])
     self._seconds_before = position.get('seconds', 0.0)
     self._stopwatch = feeding.Stopwatch(*position.get('input_wait', ()))
-    self._state = self._replicas.replicate(parallel.broadcast(state))
+    state = self._replicas.replicate(parallel.broadcast(state))
+    self._state = self._replicas.place(state)
 
   def train(self, stop: _Stop) -> bool:
     """Runs the epochs that are left; False if it was told to stop."""
@@ -192,15 +218,30 @@ class _Run:
         if self._start == self._steps_per_epoch:
           break
         stopping = stop.requested(self._step)
-        if stopping or (every and self._step % every == 0):
+        saving = stopping or (every and self._step % every == 0)
+        if saving or self._due():
           self._record(pending)
           pending = None
+          self._measure()
         if stopping:
           return False
-        if pending is None:
+        if saving:
           self._save()
     self._record(pending)
     return True
+
+  def _due(self) -> list[Hook]:
+    """The hooks that measure after this step."""
+    return [h for h in self._hooks if h.due(self._step, self._steps_per_epoch)]
+
+  def _measure(self) -> None:
+    """Lets the hooks that are due measure the network as it is now."""
+    state = self._state
+    for hook in self._due():
+      variables = self._replicas.variables((state.params, state.batch_stats))
+      values = hook(*variables, self._step)
+      epoch = self._epoch + (self._start > 0)
+      self._metrics.write_measured(self._step, epoch, hook.name, values)
 
   def _record(self, pending: tuple[int, Any] | None) -> None:
     """Reads the metrics of a dispatched step, which waits for it."""
@@ -233,24 +274,23 @@ class _Run:
     common = {'step': self._step, 'epoch': self._epoch, 'seconds': self._seconds()}
     self._metrics.write(**common, split='train', **means)
     self._metrics.write(**common, split='test', **test)
-    self._progress.test(test['accuracy'])
+    self._progress.test(test[self._score.name])
+    self._measure()
 
-  def _evaluate(self, feed: feeding.Feed) -> tuple[dict[str, float], np.ndarray]:
-    """Mean loss, accuracy and confusion matrix of a split in evaluation mode."""
-    batches = feed.split.batches(
-      self._config.batch_size, shards=(self._replicas.num_replicas,)
-    )
+  def _evaluate(self, feed: feeding.Feed) -> tuple[dict[str, float], dict[str, Any]]:
+    """Mean loss and score of a split in evaluation mode, and the sums of its totals."""
+    batches = feed.split.batches(self._config.batch_size, shards=self._replicas.axes)
     variables = (self._state.params, self._state.batch_stats)
     sums = [self._eval_step(variables, batch) for batch in feed.epoch(batches, 0)]
     sums = [self._replicas.first(x) for x in sums]
-    confusion = np.sum([x.pop('confusion') for x in sums], axis=0, dtype=np.float64)
+    totals = jax.tree.map(
+      lambda *x: np.sum(x, axis=0, dtype=np.float64), *(x.pop('totals') for x in sums)
+    )
     total = {name: math.fsum(float(x[name]) for x in sums) for name in sums[0]}
-    metrics = {
-      'loss': total['loss'] / total['examples'],
-      'accuracy': total['correct'] / total['examples'],
-    }
+    names = ('loss', self._score.name)
+    metrics = {name: total[name] / total['examples'] for name in names}
     metrics_lib.check_finite(metrics, self._step)
-    return metrics, confusion
+    return metrics, totals
 
   def _checkpoint_due(self) -> bool:
     """Whether to save at this end of an epoch."""
@@ -280,28 +320,31 @@ class _Run:
   def finish(self) -> dict[str, Any]:
     """Evaluates the last parameters and writes summary and picture."""
     train, _ = self._evaluate(self._train_feed)
-    test, confusion = self._evaluate(self._test_feed)
+    test, totals = self._evaluate(self._test_feed)
     if not self._metrics:
       return {}
     self._progress.close()
-    scores = classes.scores(confusion, self._workload.class_names)
+    scores, problem = self._problem.scores, self._problem
+    found = scores.summarize(totals)
     facts = {
       'steps': self._step,
       'epochs': self._epoch,
       'num_parameters': self._num_parameters,
-      'num_train_examples': self._workload.train.num_examples,
-      'num_test_examples': self._workload.test.num_examples,
+      'num_train_examples': problem.train.num_examples,
+      'num_test_examples': problem.test.num_examples,
       'wall_time_seconds': self._seconds(),
       'input_wait_share': self._stopwatch.share,
       'device': self._replicas.device_kind,
       'num_replicas': self._replicas.num_replicas,
-      'test_scores': scores,
+      'test_scores': found,
+      'test_scores_text': scores.describe(found),
     }
     title = f'{self._config.task}, {self._config.optimizer}'
-    curves.save(self._workdir, metrics_lib.read(self._workdir), title)
-    classes.save(self._workdir, scores, title)
+    lines = metrics_lib.read(self._workdir)
+    curves.save(self._workdir, lines, title, self._score, problem.loss_name)
+    scores.draw(self._workdir, found, title)
     return summary.write(
-      self._workdir, self._config, train=train, test=test, facts=facts
+      self._workdir, self._config, self._score, train=train, test=test, facts=facts
     )
 
   def _seconds(self) -> float:
@@ -350,9 +393,9 @@ def _stop_signal() -> Iterator[_Stop]:
       signal.signal(number, handler)
 
 
-def _other_params(workdir: str, workload: Workload) -> Any:
+def _other_params(workdir: str, problem: Problem) -> Any:
   """The parameters of another run, which must fit this one's."""
   try:
-    return checkpoints.load_variables(workdir, workload)[0]
+    return checkpoints.load_variables(workdir, problem)[0]
   except UsageError as error:
     raise UsageError(f'--init_from={workdir}: {error}') from error

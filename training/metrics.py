@@ -11,13 +11,14 @@ from typing import Any
 from training.errors import TrainingDiverged
 
 FILE_NAME = 'metrics.jsonl'
+# Of a line about a split; SCORE stands for the name of the problem's main score.
 _FIELDS = (
   'step',
   'epoch',
   'split',
   'loss',
   'perturbed_loss',
-  'accuracy',
+  'SCORE',
   'gradient_norm',
   'learning_rate',
   'rho',
@@ -25,23 +26,26 @@ _FIELDS = (
   'examples_per_second',
 )
 _CLOCK = ('seconds', 'examples_per_second')
-_MEANS = ('loss', 'perturbed_loss', 'accuracy', 'gradient_norm')
 _LATEST = ('learning_rate', 'rho')
 
 
 class MetricsFile:
   """Appends lines; what a restored run will write again is cut away first."""
 
-  def __init__(self, workdir: pathlib.Path, step: int, *, timing: bool = True):
+  def __init__(
+    self, workdir: pathlib.Path, step: int, score: str, *, timing: bool = True
+  ):
     """Opens the file for a run that stands after `step`.
 
     Args:
       workdir: the run's folder.
       step: lines of later steps, and a half line at the end, are removed.
+      score: name of the problem's main score.
       timing: False leaves out the clock's fields, so that equal runs write equal files.
     """
     self._path = workdir / FILE_NAME
-    self._timing = timing
+    fields = [name.replace('SCORE', score) for name in _FIELDS]
+    self._fields = [f for f in fields if timing or f not in _CLOCK]
     kept = [line for line in read(workdir) if line['step'] <= step]
     temporary = self._path.with_suffix('.tmp')
     temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept))
@@ -49,9 +53,17 @@ class MetricsFile:
     self._file = self._path.open('a')
 
   def write(self, **values: Any) -> None:
-    """Appends one line; fields that are not given are null."""
-    fields = [f for f in _FIELDS if self._timing or f not in _CLOCK]
-    self._file.write(json.dumps({name: values.get(name) for name in fields}) + '\n')
+    """Appends a line about a split; fields that are not given are null."""
+    self._append({name: values.get(name) for name in self._fields})
+
+  def write_measured(
+    self, step: int, epoch: int, name: str, values: dict[str, Any]
+  ) -> None:
+    """Appends what a measurement found during training, under its name as split."""
+    self._append({'step': step, 'epoch': epoch, 'split': name, **values})
+
+  def _append(self, line: dict[str, Any]) -> None:
+    self._file.write(json.dumps(line) + '\n')
 
   def flush(self) -> None:
     """Puts the lines on the disk; call it before the checkpoint they belong to."""
@@ -97,10 +109,9 @@ class EpochMeans:
     state['steps'] += 1
     state['examples'] += examples
     state['seconds'] += seconds
-    for name in _MEANS:
-      if name in metrics:
-        weighted = metrics[name] * examples
-        state['sums'][name] = state['sums'].get(name, 0.0) + weighted
+    for name, value in metrics.items():
+      if name not in ('examples', *_LATEST):
+        state['sums'][name] = state['sums'].get(name, 0.0) + value * examples
     state['latest'] = {name: metrics[name] for name in _LATEST if name in metrics}
 
   def means(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Data parallelism: the only module that maps a step over devices."""
+"""The only module that maps a step over devices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ _TEXT_BYTES = 1 << 16
 
 
 class DataParallel:
-  """Replicas of a step, one a device, which communicate over the axis `AXIS`."""
+  """The replicas of a step, one a device.
+
+  Several are mapped by `jax.pmap`, with `AXIS` as the first axis of every array. A
+  single one takes whole batches under a plain `jax.jit`, with no axis at all.
+
+  Attributes:
+    num_replicas: replicas over all processes.
+    axis_name: the axis over which they communicate; None for a single one.
+  """
 
   def __init__(self, num_devices: int = 0):
     """Takes the first num_devices devices of this process; 0 takes all."""
@@ -31,13 +39,18 @@ class DataParallel:
       raise UsageError(f'--devices={num_devices}: must not be negative.')
     self._devices = devices[: num_devices or len(devices)]
     self._num_local = len(self._devices)
-    mesh = jax.sharding.Mesh(np.array(self._devices), (AXIS,))
-    self._sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
+    self.num_replicas = self._num_local * jax.process_count()
+    self.axis_name = AXIS if self.num_replicas > 1 else None
+    self._sharding = jax.sharding.SingleDeviceSharding(self._devices[0])
+    if self.axis_name:
+      mesh = jax.sharding.Mesh(np.array(self._devices), (AXIS,))
+      spec = jax.sharding.PartitionSpec(AXIS)
+      self._sharding = jax.sharding.NamedSharding(mesh, spec)
 
   @property
-  def num_replicas(self) -> int:
-    """Replicas over all processes."""
-    return self._num_local * jax.process_count()
+  def axes(self) -> tuple[int, ...]:
+    """Leading axes of a global batch."""
+    return (self.num_replicas,) if self.axis_name else ()
 
   @property
   def device_kind(self) -> str:
@@ -47,28 +60,33 @@ class DataParallel:
   def map(
     self, step: Callable[..., Any], *, donate: bool = False
   ) -> Callable[..., Any]:
-    """Maps a step written per replica; with donate its first argument is consumed."""
+    """Maps a step of one replica; with donate its first argument is consumed."""
+    donated = (0,) if donate else ()
+    if not self.axis_name:
+      return jax.jit(step, donate_argnums=donated)
     return jax.pmap(
       step,
       axis_name=AXIS,
       devices=self._devices if jax.process_count() == 1 else None,
-      donate_argnums=(0,) if donate else (),
+      donate_argnums=donated,
     )
 
   def replicate(self, tree: Any) -> Any:
-    """Gives every leaf a leading axis, one copy a local replica."""
+    """Gives every leaf the axis of the replicas, one copy each, where there is one."""
 
     def stack(leaf):
       if _is_key(leaf):
         data = stack(jax.random.key_data(leaf))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
       leaf = np.asarray(leaf)
+      if not self.axis_name:
+        return leaf
       return np.broadcast_to(leaf, (self._num_local, *leaf.shape))
 
     return jax.tree.map(stack, tree)
 
   def place(self, tree: Any) -> Any:
-    """Moves arrays with a leading axis of local replicas to their devices."""
+    """Moves arrays, with their axis of local replicas, to the devices."""
     return jax.device_put(tree, self._sharding)
 
   def first(self, tree: Any) -> Any:
@@ -76,9 +94,16 @@ class DataParallel:
 
     def take(leaf):
       data = leaf.addressable_shards[0].data
-      return data[0] if _is_key(leaf) else np.asarray(data)[0]
+      data = data if _is_key(leaf) else np.asarray(data)
+      return data[0] if self.axis_name else data
 
     return jax.tree.map(take, tree)
+
+  def variables(self, tree: Any) -> Any:
+    """The first local replica of a mapped result, on its device."""
+    if not self.axis_name:
+      return tree
+    return jax.tree.map(lambda leaf: leaf.addressable_shards[0].data[0], tree)
 
   def local(self, batch: Any) -> Any:
     """The shards of a global batch that belong to this process."""

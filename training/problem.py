@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -241,8 +241,3 @@ def cast(tree: Any, dtype: Any) -> Any:
     ),
     tree,
   )
-
-
-def names_of(scores: Scores) -> Sequence[str]:
-  """The names under which a step logs loss and score."""
-  return ('loss', 'perturbed_loss', scores.main.name)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import time
 from typing import TextIO
 
+from training.problem import Score
 from training.ticker import Ticker
 
 _PLAIN_SECONDS = 5.0
 
 
 class Progress:
-  """Shows epoch, step, loss, accuracy, examples/s and the time left."""
+  """Shows epoch, step, loss, main score, examples/s and the time left."""
 
-  def __init__(self, epochs: int, steps: int, stream: TextIO | None = None):
+  def __init__(
+    self, epochs: int, steps: int, score: Score, stream: TextIO | None = None
+  ):
     """Takes the numbers of epochs and steps of the whole run; writes to stdout."""
+    self._score = score
     self._ticker = Ticker(stream, _PLAIN_SECONDS)
     self._epochs = epochs
     self._steps = steps
@@ -37,14 +41,14 @@ class Progress:
       left = f'  {_clock(seconds)} left'
     self._ticker.show(
       f'epoch {epoch + 1}/{self._epochs}  step {step}/{self._steps}'
-      f'  {_loss(means)}  accuracy {100 * means["accuracy"]:.2f} %'
+      f'  {_loss(means)}  {self._score.show(means[self._score.name])}'
       f'{self._test}  {means["examples_per_second"]:,.0f} examples/s{left}',
       always=is_last,
     )
 
-  def test(self, accuracy: float) -> None:
-    """Takes the newest test accuracy, shown from now on."""
-    self._test = f'  test {100 * accuracy:.2f} %'
+  def test(self, value: float) -> None:
+    """Takes the newest main score of the test split, shown from now on."""
+    self._test = f'  test {self._score.format(value)}'
 
   def say(self, message: str) -> None:
     """Writes a line of its own."""

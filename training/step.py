@@ -1,8 +1,9 @@
-"""The training step and the evaluation step, pure and written for one replica."""
+"""The training step and the evaluation step: pure functions of a state and a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import optax
 
 import sam_jax
-from training import losses, optimizers
+from training import methods, optimizers
+from training import problem as problem_lib
 from training.config import Config
-from training.parallel import AXIS
-from training.workload import Batch
+from training.problem import Batch, Problem
+from training.sharing import Sharing
 
 Metrics = dict[str, jax.Array]
 # Scalars of the optimizer's state that are logged where it has them.
@@ -25,10 +27,13 @@ class TrainState(NamedTuple):
 
   Attributes:
     step: int32, updates done.
-    params: float32 parameters.
+    params: parameters.
     batch_stats: running batch statistics, possibly empty.
     opt_state: state of the optimizer chain.
     key: typed key that every step folds its number into.
+    hyperparams: scalars by name, those of `optimizers.VARIABLE` that differ between
+      the members of a population; those that are not here are the configuration's,
+      and constants of the compiled step.
   """
 
   step: jax.Array
@@ -36,167 +41,247 @@ class TrainState(NamedTuple):
   batch_stats: Any
   opt_state: Any
   key: jax.Array
+  hyperparams: dict[str, jax.Array]
 
 
-def init_state(
-  model: Any, tx: optax.GradientTransformation, example_inputs: Any, seed: int
-) -> TrainState:
-  """The state before the first step."""
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, for jax.jit
+class Stepper:
+  """A training run's steps, as pure functions that anything may map.
 
-  def init(seed):
-    init_key, key = jax.random.split(jax.random.key(seed))
-    variables = model.init(init_key, example_inputs)
-    params = variables['params']
-    batch_stats = variables.get('batch_stats', {})
-    return TrainState(jnp.int32(0), params, batch_stats, tx.init(params), key)
+  Without an axis name the functions take whole batches: under `jax.jit`, on one device
+  or with arrays that are sharded over a mesh. With one they are written for one replica
+  of a mapped axis, under `jax.pmap` or `jax.vmap`. Under `jax.vmap` over states with
+  `hyperparams` they train a population.
 
-  return jax.jit(init)(seed)
-
-
-def make_train_step(
-  model: Any,
-  tx: optax.GradientTransformationExtraArgs,
-  config: Config,
-  num_groups: int = 0,
-  phase: bool | None = None,
-  augment: Callable[[jax.Array, Any], Any] | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-  """A step ``(state, batch) -> (state, metrics)`` of one replica of the axis `AXIS`.
-
-  A shard's loss is its sum over an equal share of the batch's total weight, so the
-  mean over replicas (and groups) is the mean over the batch whatever the shards hold.
-  Dropout draws the same mask in both passes. Loss, accuracy and batch statistics are
-  those of the clean pass; a method with one gradient has none, and its loss and
-  statistics are those of the point where it takes it, logged as ``perturbed_loss``.
-
-  Args:
-    model: a flax.linen module.
-    tx: the chain of `optimizers.build`.
-    config: the run's configuration.
-    num_groups: groups of m-sharpness, the leading axis of a batch's leaves; 0: none.
-    phase: whether a periodic method ascends in this step; None for all others.
-    augment: changes the inputs, the same in both passes, see `training.Workload`.
+  Attributes:
+    problem: what is trained.
+    config: a resolved configuration.
+    steps_per_epoch: steps in an epoch, in which schedules are counted.
+    sharing: who perturbs with whom, from `sharing.of`.
+    axis_name: the mapped axis over the replicas, None for whole batches.
   """
-  method = optimizers.METHODS.get(config.optimizer)
-  one_gradient = method is not None and method.one_gradient
-  chooses_examples = method is not None and method.chooses_examples
 
-  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    key = jax.random.fold_in(state.key, state.step)
-    key = jax.random.fold_in(key, jax.lax.axis_index(AXIS))
-    if augment is not None:
-      key, augment_key = jax.random.split(key)
-      batch = {**batch, 'inputs': augment(augment_key, batch['inputs'])}
-    shard = _Shard(model, config, state.batch_stats, batch, key, num_groups)
+  problem: Problem
+  config: Config
+  steps_per_epoch: int
+  sharing: Sharing = Sharing()
+  axis_name: str | None = None
+
+  def init(
+    self, seed: Any, hyperparams: Mapping[str, Any] | None = None, dtype: Any = None
+  ) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      seed: of parameters and dropout, an int or a traced scalar.
+      hyperparams: see `TrainState`; none by default.
+      dtype: of the parameters; the model's own by default.
+    """
+    hyperparams = {
+      name: jnp.asarray(x, jnp.result_type(float))
+      for name, x in (hyperparams or {}).items()
+    }
+    init_key, key = jax.random.split(jax.random.key(seed))
+    variables = self.problem.model.init(init_key, self.problem.example_inputs)
+    params, stats = variables['params'], variables.get('batch_stats', {})
+    if dtype is not None:
+      params, stats = (problem_lib.cast(tree, dtype) for tree in (params, stats))
+    opt_state = self._chain({**hyperparams, 'seed': seed}).init(params)
+    return TrainState(jnp.int32(0), params, stats, opt_state, key, hyperparams)
+
+  def train(
+    self, state: TrainState, batch: Batch, *, phase: bool | None = None
+  ) -> tuple[TrainState, Metrics]:
+    """One update.
+
+    A shard's loss is its sum over an equal share of the batch's total weight, so the
+    mean over replicas (and groups) is the mean over the batch whatever the shards hold.
+    Dropout draws the same mask in all passes. Loss, score and batch statistics are
+    those of the clean pass; a method with one gradient has none, and its loss and
+    statistics are those of the point where it takes it, logged as ``perturbed_loss``.
+
+    Args:
+      state: of `init`, or of the step before.
+      batch: inputs, labels and weights, with a leading axis of groups if the sharing
+        has groups.
+      phase: whether a periodic method ascends in this step; None for all others.
+    """
+    shard = _Shard.of(self, state, batch)
     point = sam_jax.gradient_point(state.opt_state, state.params)
-    value, grads, (correct, weight, batch_stats, each) = shard.clean_pass(point)
+    value, grads, facts = shard.clean_pass(point)
+    method = methods.get(self.config.optimizer)
     extra = {'value_and_grad_fn': shard.value_and_grad, 'value': value, 'phase': phase}
-    if chooses_examples:
+    if method is not None and method.traits.chooses_examples:
       extra['example_losses_fn'] = shard.example_losses
-      extra['example_losses'] = each
+      extra['example_losses'] = facts.losses
       extra['example_weights'] = batch['weights']
-    batch_stats = _weighted_mean(batch_stats, weight, shard.total)
+    tx = self._chain(state.hyperparams)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
-    params = optax.apply_updates(state.params, updates)
+    one_gradient = method is not None and method.traits.one_gradient
     metrics = {
-      **({} if one_gradient else {'loss': jax.lax.pmean(value, AXIS)}),
-      'accuracy': jax.lax.psum(jnp.sum(correct), AXIS) / shard.total,
+      **({} if one_gradient else {'loss': shard.mean(value)}),
+      self.problem.scores.main.name: shard.score(facts),
       'examples': shard.total,
       **_state_metrics(opt_state),
     }
-    state = TrainState(state.step + 1, params, batch_stats, opt_state, state.key)
+    state = state._replace(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      batch_stats=shard.new_batch_stats(facts),
+      opt_state=opt_state,
+    )
     return state, metrics
 
-  return train_step
+  def evaluate(self, variables: tuple[Any, Any], batch: Batch) -> Metrics:
+    """Sums over a batch in evaluation mode of ``(params, batch_stats)``."""
+    problem = self.problem
+    value, seen = problem_lib.loss(
+      problem, *variables, batch, dtype=self.config.dtype, normalizer=1
+    )
+    main = problem.scores.of_examples(seen.outputs, batch)
+    sums = {
+      'loss': value,
+      problem.scores.main.name: problem_lib.mean(main, batch, 1),
+      'examples': jnp.sum(batch['weights']),
+      'totals': problem.scores.totals(seen.outputs, batch),
+    }
+    return sums if self.axis_name is None else jax.lax.psum(sums, self.axis_name)
+
+  def _chain(self, hyperparams):
+    return optimizers.build(
+      self.config, self.steps_per_epoch, self.sharing, self.axis_name, hyperparams
+    )
 
 
-class _Shard:
-  """The losses of one replica's shard of a batch; dropout is the same in all passes.
+class _Facts(NamedTuple):
+  """What the clean pass tells; with groups every leaf has an axis of them."""
+
+  score: jax.Array  # summed over the examples
+  weight: jax.Array
+  batch_stats: Any
+  losses: jax.Array
+
+
+class _Shard(NamedTuple):
+  """One replica's shard of a batch, and the losses of all, a group, or some of it.
 
   Attributes:
+    stepper: whose problem and sharing these are.
+    batch_stats: running statistics before the step.
+    batch: the shard.
+    key: of dropout, the same in all passes.
     total: weight of the batch, over all replicas.
+    share: the part of it that the shard, or a group of it, stands for.
   """
 
-  def __init__(self, model, config, batch_stats, batch, key, num_groups):
-    self._loss = losses.loss_fn(model, config)
-    self._smoothing = config.label_smoothing
-    self._batch_stats = batch_stats
-    self._batch = batch
-    self._key = key
-    self._num_groups = num_groups
-    self.total = jax.lax.psum(jnp.sum(batch['weights']), AXIS)
-    self._share = self.total / jax.lax.psum(1, AXIS) / max(num_groups, 1)
+  stepper: Stepper
+  batch_stats: Any
+  batch: Batch
+  key: jax.Array
+  total: jax.Array
+  share: jax.Array
 
-  def clean_pass(self, params):
-    """The loss, its gradient, and what `_of` tells of it.
+  @classmethod
+  def of(cls, stepper: Stepper, state: TrainState, batch: Batch) -> _Shard:
+    """Takes a batch, with its inputs augmented."""
+    axis, augment = stepper.axis_name, stepper.problem.augment
+    key = jax.random.fold_in(state.key, state.step)
+    key = jax.random.fold_in(key, 0 if axis is None else jax.lax.axis_index(axis))
+    if augment is not None:
+      key, augment_key = jax.random.split(key)
+      batch = {**batch, 'inputs': augment(augment_key, batch['inputs'])}
+    total, num_replicas = jnp.sum(batch['weights']), 1
+    if axis is not None:
+      total, num_replicas = jax.lax.psum((total, num_replicas), axis)
+    share = total / num_replicas / max(stepper.sharing.groups, 1)
+    return cls(stepper, state.batch_stats, batch, key, total, share)
+
+  def clean_pass(self, params: Any) -> tuple[jax.Array, Any, _Facts]:
+    """Loss, gradient, and what else the pass tells.
 
     With groups the gradient is zero: each takes its own inside the method.
     """
-    if self._num_groups:
-      groups = jnp.arange(self._num_groups)
-      value, facts = jax.lax.map(lambda group: self._of_group(params, group), groups)
-      return jnp.mean(value), jax.tree.map(jnp.zeros_like, params), facts
-    (value, facts), grads = jax.value_and_grad(self._of, has_aux=True)(params)
-    return value, grads, facts
+    groups = self.stepper.sharing.groups
+    if not groups:
+      (value, facts), grads = self._value_and_grad(params)
+      return value, grads, facts
+    values, facts = jax.lax.map(lambda g: self._loss(params, g), jnp.arange(groups))
+    return jnp.mean(values), jax.tree.map(jnp.zeros_like, params), facts
 
-  def value_and_grad(self, params, *which):
+  def value_and_grad(
+    self, params: Any, which: jax.Array | None = None
+  ) -> tuple[jax.Array, Any]:
     """Loss and gradient of the shard, of a group of it, or of chosen examples."""
-    function = self._of_group if self._num_groups else self._of_examples
-    function = function if which else self._of
-    (value, _), grads = jax.value_and_grad(function, has_aux=True)(params, *which)
+    (value, _), grads = self._value_and_grad(params, which)
     return value, grads
 
-  def example_losses(self, params):
-    """The loss of each example."""
-    _, (logits, _) = self._loss(
-      params, self._batch_stats, self._batch, train=True, key=self._key
-    )
-    return losses.smoothed_kl(logits, self._batch['labels'], self._smoothing)
+  def example_losses(self, params: Any) -> jax.Array:
+    """The loss of each example, (B,)."""
+    return self._loss(params)[1].losses
 
-  def _of(self, params, batch=None, key=None, normalizer=None):
-    """The loss, and (number correct, weight, batch statistics, each example's loss)."""
-    batch = self._batch if batch is None else batch
-    value, (logits, batch_stats) = self._loss(
+  def score(self, facts: _Facts) -> jax.Array:
+    """The main score, the mean over all replicas' examples."""
+    return self._sum(jnp.sum(facts.score)) / self.total
+
+  def new_batch_stats(self, facts: _Facts) -> Any:
+    """Mean of all parts' statistics by their examples; an empty one has no say."""
+
+    def mean(leaf):
+      weight = facts.weight
+      weight = jnp.reshape(weight, weight.shape + (1,) * (leaf.ndim - weight.ndim))
+      product = jnp.where(weight > 0, weight * leaf, 0)
+      if facts.weight.ndim:
+        product = jnp.sum(product, axis=0)
+      return (self._sum(product) / self.total).astype(leaf.dtype)
+
+    return jax.tree.map(mean, facts.batch_stats)
+
+  def mean(self, tree: Any) -> Any:
+    """The mean over the replicas."""
+    axis = self.stepper.axis_name
+    return tree if axis is None else jax.lax.pmean(tree, axis)
+
+  def _sum(self, tree: Any) -> Any:
+    axis = self.stepper.axis_name
+    return tree if axis is None else jax.lax.psum(tree, axis)
+
+  def _value_and_grad(self, params, which=None):
+    function = jax.value_and_grad(self._loss, has_aux=True)
+    (value, facts), grads = function(params, which)
+    if self.stepper.sharing.whole:
+      value, grads = self.mean((value, grads))
+    return (value, facts), grads
+
+  def _loss(self, params, which=None) -> tuple[jax.Array, _Facts]:
+    problem, config = self.stepper.problem, self.stepper.config
+    batch, key, normalizer = self._part(which)
+    value, seen = problem_lib.loss(
+      problem,
       params,
-      self._batch_stats,
+      self.batch_stats,
       batch,
       train=True,
-      key=self._key if key is None else key,
-      normalizer=self._share if normalizer is None else normalizer,
+      key=key,
+      dtype=config.dtype,
+      normalizer=normalizer,
     )
-    each = losses.smoothed_kl(logits, batch['labels'], self._smoothing)
+    score = problem.scores.of_examples(seen.outputs, batch)
     weight = jnp.sum(batch['weights'])
-    return value, (losses.num_correct(logits, batch), weight, batch_stats, each)
+    total_score = problem_lib.mean(score, batch, 1)
+    return value, _Facts(total_score, weight, seen.batch_stats, seen.losses)
 
-  def _of_group(self, params, group):
-    batch = jax.tree.map(lambda leaf: leaf[group], self._batch)
-    return self._of(params, batch, jax.random.fold_in(self._key, group))
-
-  def _of_examples(self, params, indices):
-    batch, weight = _subset(self._batch, indices)
+  def _part(self, which) -> tuple[Batch, jax.Array, jax.Array]:
+    """All examples, a group, or chosen ones: the batch, its key, and its divisor."""
+    if which is None:
+      return self.batch, self.key, self.share
+    if self.stepper.sharing.groups:
+      group = jax.tree.map(lambda leaf: leaf[which], self.batch)
+      return group, jax.random.fold_in(self.key, which), self.share
+    batch, weight = _subset(self.batch, which)
     # The chosen speak for the shard: their mean, times the shard's part of the batch.
-    part = jnp.sum(self._batch['weights']) / self._share
-    normalizer = weight / jnp.where(part > 0, part, 1)
-    return self._of(params, batch, normalizer=jnp.where(weight > 0, normalizer, 1))
-
-
-def make_eval_step(
-  model: Any, config: Config
-) -> Callable[[tuple[Any, Any], Batch], Metrics]:
-  """A step ``((params, batch_stats), batch) -> sums`` over all replicas' shards."""
-  loss = losses.loss_fn(model, config)
-
-  def eval_step(variables, batch):
-    value, (logits, _) = loss(*variables, batch, normalizer=1)
-    sums = {
-      'loss': value,
-      'correct': losses.num_correct(logits, batch),
-      'examples': jnp.sum(batch['weights']),
-      'confusion': losses.confusion(logits, batch),
-    }
-    return jax.lax.psum(sums, AXIS)
-
-  return eval_step
+    part = jnp.sum(self.batch['weights']) / self.share
+    divisor = weight / jnp.where(part > 0, part, 1)
+    return batch, self.key, jnp.where(weight > 0, divisor, 1)
 
 
 def _subset(batch: Batch, indices: jax.Array) -> tuple[Batch, jax.Array]:
@@ -211,19 +296,6 @@ def _subset(batch: Batch, indices: jax.Array) -> tuple[Batch, jax.Array]:
     mask = jnp.zeros_like(batch['weights']).at[indices].set(1)
     chosen = {**batch, 'weights': mask * batch['weights']}
   return chosen, jnp.sum(chosen['weights'])
-
-
-def _weighted_mean(batch_stats: Any, weight: jax.Array, total: jax.Array) -> Any:
-  """Mean of shards' statistics by their examples; an empty shard has no say."""
-
-  def mean(leaf):
-    weights = jnp.reshape(weight, weight.shape + (1,) * (leaf.ndim - weight.ndim))
-    product = jnp.where(weights > 0, weights * leaf, 0)
-    if weight.ndim:
-      product = jnp.sum(product, axis=0)
-    return (jax.lax.psum(product, AXIS) / total).astype(leaf.dtype)
-
-  return jax.tree.map(mean, batch_stats)
 
 
 def _state_metrics(opt_state: Any) -> Metrics:

@@ -10,13 +10,16 @@ from typing import Any
 from training import config as config_lib
 from training import metrics as metrics_lib
 from training.config import Config
+from training.problem import Score
 
 FILE_NAME = 'summary.json'
+_ACCURACY = {'name': 'accuracy', 'label': 'accuracy', 'scale': 100, 'unit': '%'}
 
 
 def write(
   workdir: pathlib.Path,
   config: Config,
+  score: Score,
   *,
   train: dict[str, float],
   test: dict[str, float],
@@ -27,7 +30,8 @@ def write(
   Args:
     workdir: the run's folder, with its metrics.
     config: the run's configuration.
-    train: loss and accuracy of the training split in evaluation mode.
+    score: the problem's main score.
+    train: loss and main score of the training split in evaluation mode.
     test: the same of the test split.
     facts: wall time, parameter count, device and the like.
 
@@ -35,29 +39,32 @@ def write(
     What is written.
   """
   lines = [x for x in metrics_lib.read(workdir) if x['split'] == 'test']
-  best = max(lines, key=lambda line: line['accuracy'])
+  choose = max if score.higher_is_better else min
+  best = choose(lines, key=lambda line: line[score.name])
   summary = {
     'task': config.task,
     'optimizer': config.optimizer,
     'base_optimizer': config.base_optimizer,
     'rho': config.rho,
+    'hyperparameters': config.hyperparameters,
+    'm_sharpness': config.m_sharpness,
     'seed': config.seed,
     'final': {
       'train_loss': train['loss'],
-      'train_accuracy': train['accuracy'],
+      f'train_{score.name}': train[score.name],
       'test_loss': test['loss'],
-      'test_accuracy': test['accuracy'],
+      f'test_{score.name}': test[score.name],
       'generalization_gap': test['loss'] - train['loss'],
     },
     'best': {
-      'test_accuracy': best['accuracy'],
-      'test_accuracy_epoch': best['epoch'],
+      f'test_{score.name}': best[score.name],
+      f'test_{score.name}_epoch': best['epoch'],
       'test_loss': min(line['loss'] for line in lines),
     },
+    'score': score._asdict(),
     'note': (
-      'losses and accuracies are means over the whole split in evaluation mode; a loss '
-      'is KL(labels smoothed by label_smoothing || softmax), which is cross-entropy '
-      'without smoothing; generalization_gap = test_loss - train_loss'
+      'losses and scores are means over the whole split in evaluation mode; '
+      'generalization_gap = test_loss - train_loss'
     ),
     **facts,
     'versions': config_lib.versions(),
@@ -80,21 +87,24 @@ def read(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 def describe(summary: dict[str, Any]) -> str:
   """A summary in a few lines of text."""
-  final = summary['final']
+  final, best = summary['final'], summary['best']
+  # Earlier versions knew classification only.
+  score = Score(**summary.get('score', _ACCURACY))
   radius = '' if summary['rho'] is None else f' (rho {summary["rho"]:g})'
+  more = summary.get('test_scores_text', '')
   return '\n'.join(
     [
       f'{summary["task"]}, {summary["optimizer"]}{radius}, seed {summary["seed"]}: '
       f'{summary["steps"]} steps, {summary["num_parameters"]:,} parameters, '
       f'{summary["wall_time_seconds"]:.1f} s on {summary["device"]}',
-      f'  train loss {final["train_loss"]:.4f}  accuracy '
-      f'{100 * final["train_accuracy"]:.2f} %',
-      f'  test  loss {final["test_loss"]:.4f}  accuracy '
-      f'{100 * final["test_accuracy"]:.2f} %  (best '
-      f'{100 * summary["best"]["test_accuracy"]:.2f} % in epoch '
-      f'{summary["best"]["test_accuracy_epoch"]})',
-      f'  generalization gap (test - train loss) {final["generalization_gap"]:.4f}; '
-      f'macro F1 {summary["test_scores"]["macro_f1"]:.4f}{_waiting(summary)}',
+      f'  train loss {final["train_loss"]:.4f}  '
+      f'{score.show(final[f"train_{score.name}"])}',
+      f'  test  loss {final["test_loss"]:.4f}  '
+      f'{score.show(final[f"test_{score.name}"])}  (best '
+      f'{score.format(best[f"test_{score.name}"])} in epoch '
+      f'{best[f"test_{score.name}_epoch"]})',
+      f'  generalization gap (test - train loss) {final["generalization_gap"]:.4f}'
+      f'{"; " + more if more else ""}{_waiting(summary)}',
     ]
   )
 

@@ -28,11 +28,11 @@ _OPTIONS = sharpness.Options(
 @pytest.fixture(scope='module')
 def network(small):
   """A network with batch normalization that has not been trained."""
-  workload = small.workload()
-  variables = workload.model.init(jax.random.key(0), workload.example_inputs)
+  problem = small.problem()
+  variables = problem.model.init(jax.random.key(0), problem.example_inputs)
   stats = jax.tree.map(lambda x: x + 0.3, variables['batch_stats'])
   return sharpness.Network(
-    _CONFIG, workload, variables['params'], stats, 7, {}, pathlib.Path('run')
+    _CONFIG, problem, variables['params'], stats, 7, {}, pathlib.Path('run')
   )
 
 
@@ -43,7 +43,7 @@ def measured(network, tmp_path_factory):
 
 
 def _whole(network):
-  batch = next(network.workload.train.batches(1000).epoch(0))
+  batch = next(network.problem.train.batches(1000).epoch(0))
   return {**batch, 'inputs': jnp.asarray(batch['inputs'], jnp.float64)}
 
 
@@ -56,7 +56,7 @@ def _example_hessians(network):
 
   def example_losses(w):
     logits, _ = losses.apply(
-      network.workload.model, unravel(w), network.batch_stats, batch['inputs']
+      network.problem.model, unravel(w), network.batch_stats, batch['inputs']
     )
     return losses.smoothed_kl(logits, batch['labels'], 0.1)
 
@@ -115,7 +115,7 @@ def test_batch_statistics_can_be_those_of_the_batch(network, tmp_path, x64):
   flat, unravel = ravel_pytree(
     jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), network.params)
   )
-  still = network.workload.model.clone(dropout_rate=0.0)
+  still = network.problem.model.clone(dropout_rate=0.0)
 
   def mean_loss(w):
     loss = losses.loss_fn(still, _CONFIG)
@@ -138,9 +138,9 @@ def test_some_examples_are_drawn_by_the_seed(network, tmp_path):
 
 def test_evaluation_has_standard_errors(network, measured):
   evaluation = measured[1]['evaluation']
-  test = next(network.workload.test.batches(1000).epoch(0))
+  test = next(network.problem.test.batches(1000).epoch(0))
   logits, _ = losses.apply(
-    network.workload.model, network.params, network.batch_stats, test['inputs']
+    network.problem.model, network.params, network.batch_stats, test['inputs']
   )
   values = np.asarray(losses.smoothed_kl(logits, test['labels'], 0.1))
   assert evaluation['test_loss'] == pytest.approx(values.mean(), rel=1e-5)

@@ -31,14 +31,14 @@ _OPTIONS = sharpness.Options(
 
 @pytest.fixture(scope='module')
 def network(small):
-  workload = small.workload()
-  variables = workload.model.init(jax.random.key(0), workload.example_inputs)
+  problem = small.problem()
+  variables = problem.model.init(jax.random.key(0), problem.example_inputs)
   params = jax.tree.map(
     lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape),
     variables['params'],
   )
   return sharpness.Network(
-    _CONFIG, workload, params, variables['batch_stats'], 7, {}, pathlib.Path('run')
+    _CONFIG, problem, params, variables['batch_stats'], 7, {}, pathlib.Path('run')
   )
 
 
@@ -46,13 +46,13 @@ def network(small):
 def dense(network):
   """The gradients (n, p), Hessians and Gauss-Newton matrices (n, p, p) of examples."""
   with jax.enable_x64(True):
-    batch = next(network.workload.train.batches(1000).epoch(0))
+    batch = next(network.problem.train.batches(1000).epoch(0))
     inputs = jnp.asarray(batch['inputs'], jnp.float64)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), network.params)
     flat, unravel = ravel_pytree(params)
 
     def logits(w):
-      model = network.workload.model
+      model = network.problem.model
       return losses.apply(model, unravel(w), network.batch_stats, inputs)[0]
 
     def of_logits(z):
@@ -215,8 +215,8 @@ def test_the_balls_are_those_of_the_library(network, tmp_path, x64):
   # 22 examples in two groups of 11; the ascent ends above SAM's one step.
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), network.params)
   rises = []
-  for batch in network.workload.train.batches(11).epoch(0):
-    loss = losses.mean_loss(network.workload.model, _CONFIG, network.batch_stats)
+  for batch in network.problem.train.batches(11).epoch(0):
+    loss = losses.mean_loss(network.problem.model, _CONFIG, network.batch_stats)
     grads = jax.grad(loss)(params, batch)
     norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
     moved = jax.tree.map(lambda p, g, n=norm: p + 0.1 * g / n, params, grads)

@@ -1,4 +1,4 @@
-"""A network with batch normalization and dropout, and data for it."""
+"""A problem with batch normalization and dropout."""
 
 import types
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from input_pipelines import ArraySplit
-from training import Workload
+from training import Classification, Problem
+from training.scores import smoothed_kl
 
 
 class SmallNetwork(nn.Module):
@@ -31,21 +32,22 @@ def split(num_examples, seed=0, dtype=np.float32):
   return ArraySplit(inputs, labels)
 
 
-def workload(train=None, dropout_rate=0.3):
+def problem(train=None, dropout_rate=0.3, label_smoothing=0.1):
   train = train or split(22)
-  return Workload(
+  return Problem(
     model=SmallNetwork(dropout_rate),
     train=train,
     test=split(13, seed=1),
-    num_classes=3,
+    example_losses=smoothed_kl(label_smoothing),
+    scores=Classification(3),
     example_inputs=np.zeros((1, 5), np.float32),
   )
 
 
 @pytest.fixture(scope='session')
 def small():
-  """The network, its data and the workload of both."""
-  return types.SimpleNamespace(Network=SmallNetwork, split=split, workload=workload)
+  """The network, its data and the problem of both."""
+  return types.SimpleNamespace(Network=SmallNetwork, split=split, problem=problem)
 
 
 @pytest.fixture(scope='session', autouse=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from input_pipelines import ArraySplit
-from training import Config, loop, optimizers, parallel, step
+from training import Config, loop, parallel, sharing, step
 
 NUM_REPLICAS = 2
 
@@ -22,17 +22,19 @@ def test_a_step_that_augments_equals_one_on_augmented_inputs(small, x64, groups)
     base_optimizer='momentum',
     rho=0.2,
     batch_size=8,
-    m_sharpness=2 if groups else 0,
+    m_sharpness=2 if groups else 4,  # groups on each replica, or one
+    hyperparameters={'num_ascent_steps': 1},
   )
-  model = small.Network(dropout_rate=0.0)
-  tx = optimizers.build(config, 2, NUM_REPLICAS)
-  state = step.init_state(model, tx, np.zeros((1, 5)), 0)._replace(step=jnp.int32(3))
+  problem, shared = small.problem(dropout_rate=0.0), sharing.of(config, NUM_REPLICAS)
+  make = lambda augment: step.Stepper(
+    problem._replace(augment=augment), config, 2, shared, parallel.AXIS
+  )
+  state = make(None).init(0)._replace(step=jnp.int32(3))
   shards = (NUM_REPLICAS, groups) if groups else (NUM_REPLICAS,)
   batch = next(small.split(8, dtype=np.float64).batches(8, shards=shards).epoch(0))
 
   def run(augment, batch):
-    train_step = step.make_train_step(model, tx, config, groups, augment=augment)
-    mapped = jax.vmap(train_step, (None, 0), axis_name=parallel.AXIS)
+    mapped = jax.vmap(make(augment).train, (None, 0), axis_name=parallel.AXIS)
     return jax.jit(mapped)(state, batch)
 
   keys = [
@@ -64,7 +66,7 @@ def test_evaluation_sees_the_inputs_as_they_are(small, tmp_path):
   summaries = [
     loop.train(
       config,
-      small.workload(train=train)._replace(augment=augment),
+      small.problem(train=train)._replace(augment=augment),
       tmp_path / name,
       num_devices=1,
     )

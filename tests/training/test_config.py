@@ -22,7 +22,6 @@ from training import config as config_lib
     ('batch_size', 0),
     ('schedule', 'linear'),
     ('dtype', 'float16'),
-    ('adaptive_rule', 'some'),
     ('momentum', 1.0),
     ('label_smoothing', 1.0),
     ('warmup_epochs', 50.0),
@@ -81,8 +80,64 @@ def test_a_damaged_config_is_named(tmp_path, text):
 
 
 def test_fields_of_a_later_version_are_refused(tmp_path):
-  (tmp_path / 'config.json').write_text('{"config": {"seed": 1, "colour": "red"}}')
+  (tmp_path / 'config.json').write_text(
+    '{"format": 2, "config": {"seed": 1, "colour": "red"}}'
+  )
   with pytest.raises(UsageError, match='colour'):
     config_lib.load(tmp_path)
-  (tmp_path / 'config.json').write_text('{"config": {"seed": 1}}')
+  text = '{"format": 2, "config": {"seed": 1}}'
+  (tmp_path / 'config.json').write_text(text)
   assert config_lib.load(tmp_path).seed == 1
+  (tmp_path / 'config.json').write_text(text.replace('2', '99'))
+  with pytest.raises(UsageError, match='has the format 99, this version knows 2'):
+    config_lib.load(tmp_path)
+
+
+# Written by version 0.1, which had a field for each argument of each method.
+_FORMAT_1 = {
+  'task': 'digits_mlp',
+  'base_optimizer': 'sgd',
+  'batch_size': 32,
+  'm_sharpness': 0,
+  'sync_perturbation': False,
+  'adaptive_eta': 0.01,
+  'adaptive_rule': 'weights',
+  'num_ascent_steps': 1,
+  'gsam_alpha': 0.4,
+  'gsam_rho_min': None,
+  'wsam_gamma': 0.9,
+  'looksam_every': 3,
+  'looksam_alpha': 0.7,
+  'friendly_sigma': 1.0,
+  'friendly_decay': 0.9,
+  'esam_beta': 0.5,
+  'esam_gamma': 0.5,
+  'graphsam_beta': 0.99,
+  'graphsam_gamma': 0.5,
+  'graphsam_epochs': 1,
+  'universal_lam': None,
+  'num_probes': 0,
+  'antithetic': False,
+  'det_half_width': 0.01,
+}
+
+
+@pytest.mark.parametrize(
+  ('fields', 'hyperparameters', 'm_sharpness'),
+  [
+    ({'optimizer': 'sgd', 'rho': None}, {}, None),
+    ({'optimizer': 'sam', 'm_sharpness': 8}, {'num_ascent_steps': 1}, 8),
+    ({'optimizer': 'looksam'}, {'every': 3, 'alpha': 0.7}, 32),
+    ({'optimizer': 'asam', 'adaptive_rule': 'all'}, {'weights': 'all'}, 32),
+    ({'optimizer': 'frob_sam'}, {'lam': 0.005, 'num_probes': None}, 32),
+    ({'optimizer': 'trace_sam', 'num_probes': 4}, {'num_probes': 4}, 32),
+    ({'optimizer': 'gsam', 'gsam_rho_min': 0.01}, {'rho_min': 0.01}, 32),
+  ],
+)
+def test_format_1_is_read(tmp_path, fields, hyperparameters, m_sharpness):
+  stored = {'config': {**_FORMAT_1, 'rho': 0.05, **fields}}
+  (tmp_path / 'config.json').write_text(json.dumps(stored))
+  config = config_lib.load(tmp_path)
+  assert config.m_sharpness == m_sharpness
+  assert config.hyperparameters.items() >= hyperparameters.items()
+  assert bool(config.hyperparameters) == bool(hyperparameters)

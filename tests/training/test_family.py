@@ -1,27 +1,37 @@
 """Every method through the training step: replicas, resume of periodic phases, logs."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
-from training import Config, loop, metrics, optimizers, parallel, step
-from training.errors import UsageError
+import tasks
+from training import (
+  UsageError,
+  loop,
+  methods,
+  metrics,
+  optimizers,
+  parallel,
+  sharing,
+  step,
+)
 
-METHODS = sorted(optimizers.METHODS)
+METHODS = sorted(methods.found())
 
 
 def config_of(method, **overrides):
   given = {
     'optimizer': method,
     'base_optimizer': 'momentum',
-    'rho': optimizers.METHODS[method].rho,
     'epochs': 2,
     'batch_size': 8,
     'learning_rate': 0.05,
     'weight_decay': 1e-3,
-    'looksam_every': 2,
+    **({'looksam_every': 2} if method == 'looksam' else {}),
   }
-  return Config(**{**given, **overrides})
+  return tasks.resolve('digits_mlp', **{**given, **overrides})
 
 
 @pytest.mark.slow
@@ -30,11 +40,11 @@ def test_trains_logs_and_resumes_bit_for_bit(method, small, tmp_path, monkeypatc
   """A run stopped after its fourth step goes on as if it had not been."""
   config = config_of(method)
   whole = loop.train(
-    config, small.workload(), tmp_path / 'whole', num_devices=2, timing=False
+    config, small.problem(), tmp_path / 'whole', num_devices=2, timing=False
   )
   lines = metrics.read(tmp_path / 'whole')
   train_lines = [line for line in lines if line['split'] == 'train']
-  has_loss = not optimizers.METHODS[method].one_gradient
+  has_loss = not methods.get(method).traits.one_gradient
   for line in train_lines:
     assert (line['loss'] is not None) == has_loss
     assert line['perturbed_loss'] > 0
@@ -44,9 +54,9 @@ def test_trains_logs_and_resumes_bit_for_bit(method, small, tmp_path, monkeypatc
 
   monkeypatch.setattr(parallel, 'agree_to_stop', lambda step, asked: step == 4)
   with pytest.raises(SystemExit):
-    loop.train(config, small.workload(), tmp_path / 'cut', num_devices=2, timing=False)
+    loop.train(config, small.problem(), tmp_path / 'cut', num_devices=2, timing=False)
   monkeypatch.undo()
-  loop.train(config, small.workload(), tmp_path / 'cut', num_devices=2, timing=False)
+  loop.train(config, small.problem(), tmp_path / 'cut', num_devices=2, timing=False)
   cut, uncut = (tmp_path / run / 'metrics.jsonl' for run in ('cut', 'whole'))
   assert cut.read_bytes() == uncut.read_bytes()
 
@@ -56,20 +66,20 @@ def test_trains_logs_and_resumes_bit_for_bit(method, small, tmp_path, monkeypatc
 def test_replicas_hold_one_state_in_float64(method, small, x64):
   """pmap over two devices equals vmap over the same shards, and replicas agree."""
   config = config_of(method)
-  workload = small.workload(small.split(22, dtype=np.float64), dropout_rate=0.0)
-  batches = workload.train.batches(8, shards=(2,), seed=0)
-  tx = optimizers.build(config, batches.steps_per_epoch, 2)
+  problem = small.problem(small.split(22, dtype=np.float64), dropout_rate=0.0)
+  batches = problem.train.batches(8, shards=(2,), seed=0)
   replicas = parallel.DataParallel(2)
-  state = step.init_state(workload.model, tx, workload.example_inputs, 0)
-  state = state._replace(params=jax.tree.map(lambda x: x.astype(float), state.params))
-  state = state._replace(opt_state=tx.init(state.params))
+  stepper = step.Stepper(
+    problem, config, batches.steps_per_epoch, sharing.of(config, 2), parallel.AXIS
+  )
+  state = stepper.init(0, dtype=float)
   on_devices = replicas.replicate(state)
   on_one = jax.tree.map(lambda x: x, on_devices)
   compiled = {}
   for number, batch in enumerate(batches.epoch(0)):
     phase = optimizers.phase(config, batches.steps_per_epoch, number)
     if phase not in compiled:
-      function = step.make_train_step(workload.model, tx, config, phase=phase)
+      function = functools.partial(stepper.train, phase=phase)
       compiled[phase] = (
         replicas.map(function),
         jax.jit(jax.vmap(function, axis_name=parallel.AXIS)),
@@ -96,9 +106,8 @@ def test_replicas_hold_one_state_in_float64(method, small, x64):
   ],
 )
 def test_options_that_do_not_go_together_are_refused(overrides, message):
-  config = Config(**{'base_optimizer': 'momentum', **overrides})
   with pytest.raises(UsageError, match=message):
-    optimizers.validate(config)
+    tasks.resolve('digits_mlp', **{'base_optimizer': 'momentum', **overrides})
 
 
 def test_phases_of_periodic_runs():
@@ -115,7 +124,7 @@ def test_phases_of_periodic_runs():
 def test_gsam_radius_follows_the_learning_rate(small, tmp_path):
   """rho is recorded between its bounds, in proportion to the rate."""
   config = config_of('gsam', gsam_rho_min=0.01, epochs=10)
-  loop.train(config, small.workload(), tmp_path, num_devices=1, timing=False)
+  loop.train(config, small.problem(), tmp_path, num_devices=1, timing=False)
   lines = metrics.read(tmp_path)
   lines = [line for line in lines if line['split'] == 'train']
   low, high = 0.05 * 0.2**3, 0.05

@@ -10,11 +10,12 @@ import pytest
 
 from training import feeding, parallel
 
-_SHARDS = [(1,), (3,), (2, 2)]
+_SHARDS = [(), (3,), (2, 2)]
 
 
 def _epoch(split, shards, resident, epoch, start=0):
-  feed = feeding.Feed(split, parallel.DataParallel(shards[0]), resident=resident)
+  replicas = parallel.DataParallel(shards[0] if shards else 1)
+  feed = feeding.Feed(split, replicas, resident=resident)
   batches = split.batches(8, shards=shards, seed=5)
   return list(feed.epoch(batches, epoch, start))
 
@@ -41,7 +42,7 @@ def test_both_ways_give_the_batches_of_the_split(small, shards, resident):
     }
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     for leaf in jax.tree.leaves(ours):
-      assert leaf.sharding.device_set == set(jax.devices()[: shards[0]])
+      assert leaf.sharding.device_set == set(jax.devices()[: (*shards, 1)[0]])
 
 
 def test_bytes_of_images_stay_bytes():
@@ -68,34 +69,42 @@ def test_what_fits(small):
   gib = 35 * (5 * 4 + 4) / 2**30
   assert feeding.fit(splits, gib)
   assert not feeding.fit(splits, 0.999 * gib)
-  packed = types.SimpleNamespace(arrays=None)  # as those of graphs
+  packed = types.SimpleNamespace(num_examples=3)  # streamed: no arrays
   assert not feeding.fit([splits[0], packed], 1.0)
 
 
 def test_a_stream_runs_ahead_and_ends_its_threads_when_closed(small):
   split = small.split(22)
-  batches = split.batches(1, shards=(1,), seed=0)
   made = []
-  collate = batches.collate
-  batches.collate = lambda indices: made.append(1) or collate(indices)
+
+  class Batches:
+    def epoch(self, epoch, start=0):
+      for batch in split.batches(1, seed=0).epoch(epoch, start):
+        made.append(1)
+        yield batch
+
+  batches = Batches()
+  threads = threading.active_count()
   feed = feeding.Feed(split, parallel.DataParallel(1), resident=False)
   stream = feed.epoch(batches, 0)
   next(stream)
   assert _comes_true(lambda: len(made) >= 5)
   assert len(made) < 22
   stream.close()
-  alive = lambda: [x for x in threading.enumerate() if x.name.startswith('grain')]
-  assert _comes_true(lambda: not alive())
+  count = len(made)
+  assert _comes_true(lambda: threading.active_count() <= threads)
+  assert len(made) == count
 
 
 def test_an_error_in_a_stream_is_raised_where_it_is_read(small):
   split = small.split(22)
-  batches = split.batches(8, shards=(1,), seed=0)
 
-  def fail(indices):
-    raise OSError('no such disk')
+  class Batches:
+    def epoch(self, epoch, start=0):
+      yield next(split.batches(8).epoch(0))
+      raise OSError('no such disk')
 
-  batches.collate = fail
+  batches = Batches()
   feed = feeding.Feed(split, parallel.DataParallel(1), resident=False)
   with pytest.raises(OSError, match='no such disk'):
     list(feed.epoch(batches, 0))

@@ -51,8 +51,8 @@ class _Disturbed:
     class Batches:
       steps_per_epoch = inner.steps_per_epoch
 
-      def steps(self, epoch, start=0):
-        for indices in inner.steps(epoch, start):
+      def indices(self, epoch, start=0):
+        for indices in inner.indices(epoch, start):
           if outer._left == 0:
             outer._action()
           outer._left -= 1
@@ -61,8 +61,8 @@ class _Disturbed:
     return Batches()
 
 
-def _train(workload, workdir, config=_CONFIG):
-  return loop.train(config, workload, workdir, num_devices=2, timing=False)
+def _train(problem, workdir, config=_CONFIG):
+  return loop.train(config, problem, workdir, num_devices=2, timing=False)
 
 
 def _outcome(workdir):
@@ -76,7 +76,7 @@ def _outcome(workdir):
 def whole(small, tmp_path_factory):
   """The workdir of a run that nothing interrupted."""
   workdir = tmp_path_factory.mktemp('loop') / 'whole'
-  _train(small.workload(), workdir)
+  _train(small.problem(), workdir)
   return workdir
 
 
@@ -104,11 +104,11 @@ def test_files_and_numbers_of_a_run(whole, small):
 
 
 def test_the_logged_loss_is_that_of_the_checkpoint(whole, small):
-  workload = small.workload()
+  problem = small.problem()
   arrays = checkpoints.load(whole).arrays
   p = checkpoints.select(arrays, 'params')
   stats = checkpoints.select(arrays, 'batch_stats')
-  batch = next(workload.test.batches(13).epoch(0))
+  batch = next(problem.test.batches(13).epoch(0))
   x = batch['inputs'] @ p['Dense_0/kernel'] + p['Dense_0/bias']
   x = (x - stats['BatchNorm_0/mean']) / np.sqrt(stats['BatchNorm_0/var'] + 1e-5)
   x = np.tanh(x * p['BatchNorm_0/scale'] + p['BatchNorm_0/bias'])
@@ -131,11 +131,11 @@ def test_a_killed_run_ends_as_if_never_stopped(whole, small, tmp_path, at):
 
   workdir = tmp_path / 'run'
   with pytest.raises(_Killed):
-    _train(small.workload(_Disturbed(small.split(22), at, kill)), workdir)
+    _train(small.problem(_Disturbed(small.split(22), at, kill)), workdir)
   # What a kill may leave: lines beyond the checkpoint, and half of one.
   with (workdir / 'metrics.jsonl').open('a') as file:
     file.write('{"step": 99, "epoch": 1}\n{"step": 3, "lo')
-  _train(small.workload(), workdir)
+  _train(small.problem(), workdir)
   assert _outcome(workdir) == _outcome(whole)
 
 
@@ -147,7 +147,7 @@ def test_a_signal_saves_first(whole, small, tmp_path, capsys, number):
     os.kill(os.getpid(), number)
 
   config = dataclasses.replace(_CONFIG, checkpoint_every=0)
-  disturbed = small.workload(_Disturbed(small.split(22), 4, send))
+  disturbed = small.problem(_Disturbed(small.split(22), 4, send))
   before = signal.getsignal(number)
   with pytest.raises(SystemExit) as caught:
     _train(disturbed, tmp_path / 'run', config)
@@ -157,7 +157,7 @@ def test_a_signal_saves_first(whole, small, tmp_path, capsys, number):
   # The batch was being made while a step before it ran.
   assert 3 <= saved['step'] <= 5
   assert f'\nstopped after step {saved["step"]}, which is' in capsys.readouterr().out
-  _train(small.workload(), tmp_path / 'run')
+  _train(small.problem(), tmp_path / 'run')
   assert f'going on after step {saved["step"]} of' in capsys.readouterr().out
   assert _outcome(tmp_path / 'run') == _outcome(whole)
 
@@ -169,9 +169,9 @@ def test_streamed_batches_change_no_bit(whole, small, tmp_path):
 
   workdir = tmp_path / 'run'
   with pytest.raises(_Killed):
-    _train(small.workload(_Disturbed(small.split(22), 4, kill)), workdir)
+    _train(small.problem(_Disturbed(small.split(22), 4, kill)), workdir)
   config = dataclasses.replace(_CONFIG, device_data_gib=0.0)
-  _train(small.workload(), workdir, config)
+  _train(small.problem(), workdir, config)
   assert _outcome(workdir) == _outcome(whole)
   for run in (whole, workdir):
     assert 0 < summary.read(run)['input_wait_share'] < 1
@@ -184,11 +184,11 @@ def test_a_damaged_newest_checkpoint_costs_no_bit(whole, small, tmp_path):
 
   workdir = tmp_path / 'run'
   with pytest.raises(_Killed):
-    _train(small.workload(_Disturbed(small.split(22), 5, kill)), workdir)
+    _train(small.problem(_Disturbed(small.split(22), 5, kill)), workdir)
   newest = max((workdir / 'checkpoints').iterdir(), key=lambda p: int(p.name))
   (newest / 'state' / 'manifest.ocdbt').write_bytes(b'\0')
   with pytest.warns(UserWarning, match=f'step {newest.name} .* is damaged'):
-    _train(small.workload(), workdir)
+    _train(small.problem(), workdir)
   assert _outcome(workdir) == _outcome(whole)
 
 
@@ -199,7 +199,7 @@ def test_a_number_that_is_none_stops_and_keeps_the_last_good(small, tmp_path):
   train.arrays['inputs'][example] = np.nan
   config = dataclasses.replace(_CONFIG, checkpoint_every=1)
   with pytest.raises(TrainingDiverged, match='loss of step 3 is nan'):
-    _train(small.workload(train), tmp_path, config)
+    _train(small.problem(train), tmp_path, config)
   kept = checkpoints.load(tmp_path)
   assert kept.position['step'] == 2
   assert all(np.isfinite(x).all() for x in kept.arrays.values())
@@ -208,7 +208,7 @@ def test_a_number_that_is_none_stops_and_keeps_the_last_good(small, tmp_path):
 
 def test_a_finished_run_is_only_read(whole, small):
   files = {p: p.stat().st_mtime_ns for p in whole.rglob('*')}
-  again = _train(small.workload(), whole)
+  again = _train(small.problem(), whole)
   assert again == json.loads((whole / 'summary.json').read_text())
   assert files == {p: p.stat().st_mtime_ns for p in whole.rglob('*')}
 
@@ -216,7 +216,7 @@ def test_a_finished_run_is_only_read(whole, small):
 def test_a_foreign_workdir_is_left_alone(whole, small):
   files = {p: p.stat().st_mtime_ns for p in whole.rglob('*')}
   with pytest.raises(UsageError, match='rho is 0.1 there and 0.3 here'):
-    _train(small.workload(), whole, dataclasses.replace(_CONFIG, rho=0.3))
+    _train(small.problem(), whole, dataclasses.replace(_CONFIG, rho=0.3))
   assert files == {p: p.stat().st_mtime_ns for p in whole.rglob('*')}
 
 
@@ -224,7 +224,7 @@ def test_parameters_of_another_run(whole, small, tmp_path):
   config = dataclasses.replace(
     _CONFIG, init_from=str(whole), learning_rate=0.0, epochs=1
   )
-  _train(small.workload(), tmp_path / 'run', config)
+  _train(small.problem(), tmp_path / 'run', config)
   ours, theirs = (
     checkpoints.select(checkpoints.load(w).arrays, 'params')
     for w in (tmp_path / 'run', whole)
@@ -234,8 +234,8 @@ def test_parameters_of_another_run(whole, small, tmp_path):
 
 
 def test_parameters_of_another_model_are_refused(whole, small, tmp_path):
-  workload = small.workload()._replace(example_inputs=np.zeros((1, 6), np.float32))
+  problem = small.problem()._replace(example_inputs=np.zeros((1, 6), np.float32))
   config = dataclasses.replace(_CONFIG, init_from=str(whole))
   with pytest.raises(UsageError, match=r'init_from=.*0/kernel is float32\[5, 8\]'):
-    _train(workload, tmp_path / 'run', config)
+    _train(problem, tmp_path / 'run', config)
   assert not (tmp_path / 'run').exists()

@@ -16,7 +16,7 @@ def _line(step):
 def test_the_file_is_cut_back_to_the_restored_step(tmp_path, tail):
   path = tmp_path / 'metrics.jsonl'
   path.write_text(''.join(map(_line, [1, 2, 3, 4])) + tail)
-  file = metrics.MetricsFile(tmp_path, 2)
+  file = metrics.MetricsFile(tmp_path, 2, 'accuracy')
   file.write(step=3, split='train', loss=0.5)
   file.flush()
   file.close()
@@ -25,7 +25,7 @@ def test_the_file_is_cut_back_to_the_restored_step(tmp_path, tail):
 
 
 def test_lines_have_every_field_and_no_clock_when_told(tmp_path):
-  file = metrics.MetricsFile(tmp_path, 0)
+  file = metrics.MetricsFile(tmp_path, 0, 'accuracy')
   file.write(step=1, seconds=2.0)
   file.close()
   (line,) = metrics.read(tmp_path)
@@ -43,7 +43,7 @@ def test_lines_have_every_field_and_no_clock_when_told(tmp_path):
     'examples_per_second',
   ]
   assert line['rho'] is None
-  file = metrics.MetricsFile(tmp_path, 0, timing=False)
+  file = metrics.MetricsFile(tmp_path, 0, 'accuracy', timing=False)
   file.write(step=1, seconds=2.0)
   file.close()
   (line,) = metrics.read(tmp_path)

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from training import Config, UsageError, optimizers
+import tasks
+from training import Config, UsageError, methods, optimizers, sharing
 from training.parallel import AXIS
 
 _STEPS = 10
@@ -77,6 +78,7 @@ def _one_update(config, params, gradient):
 def test_weight_decay_is_l2_on_every_parameter(optimizer):
   config = Config(
     optimizer=optimizer,
+    hyperparameters=methods.resolve(optimizer),
     base_optimizer='sgd',
     rho=0.1,
     weight_decay=0.5,
@@ -125,11 +127,11 @@ def test_clipping_limits_the_gradient_and_not_the_decay():
 @pytest.mark.parametrize('base', list(optimizers.BASES))
 @pytest.mark.parametrize('method', [None, 'sam', 'asam', 'usam'])
 def test_every_chain_reports_its_rate_and_norm(method, base):
-  rho = optimizers.METHODS[method].rho if method else None
   config = Config(
     optimizer=method or base,
     base_optimizer=base,
-    rho=rho,
+    rho=0.1 if method else None,
+    hyperparameters=methods.resolve(method) if method else {},
     learning_rate=0.25,
     warmup_epochs=0.2,
     momentum=0.5,
@@ -154,20 +156,41 @@ def test_every_chain_reports_its_rate_and_norm(method, base):
     ({'optimizer': 'sgd', 'base_optimizer': 'adam'}, 'base_optimizer=adam contra'),
     ({'rho': 0.1}, 'rho=0.1 has no effect with --optimizer=sgd'),
     ({'m_sharpness': 8}, 'm_sharpness=8 has no effect'),
-    ({'optimizer': 'sam', 'rho': 0.1, 'm_sharpness': 24}, 'multiple of 48'),
-    (
-      {'optimizer': 'sam', 'rho': 0.1, 'm_sharpness': 8, 'sync_perturbation': True},
-      'sync_perturbation',
-    ),
+    ({'optimizer': 'sam', 'm_sharpness': 24}, 'must divide --batch_size=64'),
+    ({'optimizer': 'sam', 'm_sharpness': -8}, 'must divide'),
+    ({'optimizer': 'looksam', 'looksam_every': 0}, 'looksam_every=0: .*at least 1'),
+    ({'optimizer': 'esam', 'esam_beta': 1.5}, 'esam_beta=1.5'),
+    ({'optimizer': 'asam', 'adaptive_rule': 'some'}, 'adaptive_rule=some'),
+    ({'optimizer': 'frob_sam', 'num_probes': 1}, 'num_probes=1: .*at least 2'),
+    ({'optimizer': 'gsam', 'gsam_rho_min': -1.0}, 'gsam_rho_min=-1.0'),
   ],
 )
 def test_bad_optimizers_are_refused(fields, words):
   fields = {'base_optimizer': 'sgd', 'batch_size': 64, **fields}
   with pytest.raises(UsageError, match=words):
-    optimizers.validate(Config(**fields), num_replicas=2)
+    tasks.resolve('digits_mlp', **fields)
 
 
-def test_number_of_groups():
-  config = Config(batch_size=64, m_sharpness=8)
-  assert optimizers.num_groups(config, 2) == 4
-  assert optimizers.num_groups(Config(), 2) == 0
+@pytest.mark.parametrize(
+  ('count', 'num_replicas', 'expected'),
+  [
+    (None, 1, (True, 0)),
+    (64, 1, (True, 0)),
+    (64, 4, (True, 0)),
+    (None, 3, (True, 0)),  # 64 examples on 3 devices: unequal shares of one group
+    (8, 1, (False, 8)),
+    (8, 4, (False, 2)),
+    (16, 4, (False, 0)),  # each device's share is one group
+  ],
+)
+def test_who_shares_a_perturbation(count, num_replicas, expected):
+  config = Config(optimizer='sam', batch_size=64, m_sharpness=count)
+  found = sharing.of(config, num_replicas)
+  assert (found.whole, found.groups) == expected
+
+
+@pytest.mark.parametrize(('count', 'num_replicas'), [(32, 4), (16, 3), (16, 8)])
+def test_a_group_over_some_devices_but_not_all_is_refused(count, num_replicas):
+  config = Config(optimizer='sam', batch_size=64, m_sharpness=count)
+  with pytest.raises(UsageError, match=f'm_sharpness={count} does not fit'):
+    sharing.of(config, num_replicas)

@@ -1,16 +1,22 @@
 """The step: on several devices, by hand, and what it reports."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from training import Config, losses, optimizers, parallel, step
+import tasks
+from training import Config, optimizers, parallel, sharing, step
+from training import problem as problem_lib
+from training.scores import smoothed_kl
 
 _CONFIGS = {
   'sgd': {'optimizer': 'sgd', 'base_optimizer': 'sgd'},
   'sam': {'optimizer': 'sam', 'rho': 0.2},
-  'sam, synchronised': {'optimizer': 'sam', 'rho': 0.2, 'sync_perturbation': True},
+  'sam, a group a replica': {'optimizer': 'sam', 'rho': 0.2, 'm_sharpness': 8},
   'sam, groups': {'optimizer': 'sam', 'rho': 0.2, 'm_sharpness': 2},
 }
 
@@ -29,19 +35,15 @@ def _config(**fields):
 
 
 def _setup(small, config, num_replicas, dropout_rate=0.3):
-  """A float64 state, the train step and the batches of one epoch."""
-  model = small.Network(dropout_rate)
-  tx = optimizers.build(config, 3, num_replicas)
-  groups = optimizers.num_groups(config, num_replicas)
-  state = step.init_state(model, tx, np.zeros((1, 5)), 0)
-  params = jax.tree.map(lambda x: x.astype(jnp.float64), state.params)
-  stats = jax.tree.map(lambda x: x.astype(jnp.float64), state.batch_stats)
-  state = state._replace(params=params, batch_stats=stats, opt_state=tx.init(params))
+  """A float64 state, the train step of a replica and the batches of one epoch."""
+  shared = sharing.of(config, num_replicas)
+  problem = small.problem(dropout_rate=dropout_rate)
+  stepper = step.Stepper(problem, config, 3, shared, parallel.AXIS)
   # 13 examples come out unequally, on 8 groups so that one is empty.
   batches = small.split(26, dtype=np.float64).batches(
-    13, shards=(num_replicas, *([groups] if groups else [])), seed=0
+    13, shards=(num_replicas, *shared.axes), seed=0
   )
-  return state, step.make_train_step(model, tx, config, groups), batches.epoch(0)
+  return stepper.init(0, dtype=jnp.float64), stepper.train, batches.epoch(0)
 
 
 def _stacked(state, num_replicas):
@@ -64,7 +66,7 @@ def _data(tree):
     pytest.param('sgd', 2, marks=pytest.mark.slow),
     ('sam', 2),
     pytest.param('sam', 4, marks=pytest.mark.slow),
-    pytest.param('sam, synchronised', 4, marks=pytest.mark.slow),
+    pytest.param('sam, a group a replica', 2, marks=pytest.mark.slow),
     ('sam, groups', 2),
   ],
 )
@@ -137,7 +139,7 @@ def _by_hand(small, config, state, batch):
 
 
 def test_a_step_equals_one_written_by_hand(small, x64):
-  config = _config(**_CONFIGS['sam'])
+  config = _config(**_CONFIGS['sam, a group a replica'])
   state, train_step, batches = _setup(small, config, 2, dropout_rate=0.0)
   batch = next(batches)
   stacked = _stacked(state, 2)
@@ -170,18 +172,141 @@ def test_both_passes_drop_the_same_units(small, x64):
 
 def test_evaluation_sums_over_the_split_whatever_the_shards(small, x64):
   config = _config(**_CONFIGS['sgd'])
-  state, _, _ = _setup(small, config, 1)
-  model, data = small.Network(), small.split(11, dtype=np.float64)
-  eval_step = step.make_eval_step(model, config)
-  run = jax.vmap(eval_step, in_axes=(None, 0), axis_name=parallel.AXIS)
+  problem, data = small.problem(), small.split(11, dtype=np.float64)
+  stepper = step.Stepper(problem, config, 3, axis_name=parallel.AXIS)
+  state = stepper.init(0, dtype=jnp.float64)
+  run = jax.vmap(stepper.evaluate, in_axes=(None, 0), axis_name=parallel.AXIS)
   sums = [
     run((state.params, state.batch_stats), batch)
     for batch in data.batches(4, shards=(3,)).epoch(0)
   ]
   whole = next(data.batches(11).epoch(0))
-  logits, _ = losses.apply(model, state.params, state.batch_stats, whole['inputs'])
-  expected = losses.smoothed_kl(logits, whole['labels'], 0.1).sum()
+  logits, _ = problem_lib.outputs(
+    problem.model, state.params, state.batch_stats, whole['inputs']
+  )
+  expected = smoothed_kl(0.1)(logits, whole).sum()
   np.testing.assert_allclose(sum(s['loss'][0] for s in sums), expected, rtol=1e-9)
   assert sum(s['examples'][0] for s in sums) == 11
   correct = (logits.argmax(-1) == whole['labels']).sum()
-  assert sum(s['correct'][0] for s in sums) == correct
+  assert sum(s['accuracy'][0] for s in sums) == correct
+  confusion = sum(s['totals']['confusion'][0] for s in sums)
+  assert (confusion.sum(), np.trace(confusion)) == (11, correct)
+
+
+def _without_batch_norm(small):
+  """What several devices compute as one does: no statistics of a shard's own."""
+  return small.problem(train=small.split(26, dtype=np.float64))._replace(
+    model=Plain(), augment=None
+  )
+
+
+class Plain(nn.Module):
+  @nn.compact
+  def __call__(self, x, *, train=False):
+    return nn.Dense(3)(nn.tanh(nn.Dense(8)(x)))
+
+
+def _run(run, state, batches):
+  metrics = []
+  for batch in batches:
+    state, found = run(state, batch)
+    metrics.append(found)
+  return state, metrics
+
+
+@pytest.mark.parametrize(
+  'method',
+  [
+    'sam',
+    'gsam',
+    'looksam',
+    *(
+      pytest.param(name, marks=pytest.mark.slow)
+      for name in ('sgd', 'asam', 'friendly_sam', 'frob_sam', 'decoupled_wsam', 'msam')
+    ),
+  ],
+)
+def test_the_number_of_devices_changes_nothing(method, small, x64):
+  """The whole batch shares its perturbation, on one device, on four, on a mesh."""
+  config = tasks.resolve(
+    'digits_mlp',
+    optimizer=method,
+    base_optimizer='sgd' if method == 'sgd' else 'momentum',
+    batch_size=13,
+    learning_rate=0.1,
+  )
+  problem = _without_batch_norm(small)
+  phase = True if method == 'looksam' else None
+  make = lambda shards: problem.train.batches(13, shards=shards, seed=0).epoch(0)
+  one = step.Stepper(problem, config, 2)
+  start = one.init(0, dtype=jnp.float64)
+  whole = jax.jit(functools.partial(one.train, phase=phase))
+  expected, facts = _run(whole, start, make(()))
+
+  replicas = parallel.DataParallel(4)
+  four = step.Stepper(problem, config, 2, sharing.of(config, 4), parallel.AXIS)
+  mapped = replicas.map(functools.partial(four.train, phase=phase))
+  got, mapped_facts = _run(mapped, replicas.replicate(start), make((4,)))
+
+  mesh = jax.make_mesh((4,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+  # 16 rows, three of them empty: a mesh wants equal shares.
+  padded = (
+    jax.tree.map(lambda x: jax.device_put(x.reshape(16, *x.shape[2:]), rows), batch)
+    for batch in make((4,))
+  )
+  on_mesh, _ = _run(whole, start, padded)
+
+  for a, b, c in zip(*map(_data, (expected, got, on_mesh)), strict=True):
+    assert all((b[i] == b[0]).all() for i in range(4))
+    np.testing.assert_allclose(b[0], a, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(c, a, rtol=1e-10, atol=1e-12)
+  for a, b in zip(facts, mapped_facts, strict=True):
+    assert set(a) == set(b)
+    for name in a:
+      np.testing.assert_allclose(b[name][0], a[name], rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+  'method', ['sam', pytest.param('decoupled_wsam', marks=pytest.mark.slow)]
+)
+def test_a_population_is_vmap_over_states(method, small, x64):
+  """Members differ in radius, rate, decay and seed; each equals its own single run."""
+  resolve = lambda **fields: tasks.resolve(
+    'digits_mlp', optimizer=method, base_optimizer='momentum', batch_size=13, **fields
+  )
+  problem = _without_batch_norm(small)
+  members = [
+    {'rho': 0.05, 'learning_rate_scale': 1.0, 'weight_decay': 1e-3},
+    {'rho': 0.2, 'learning_rate_scale': 0.5, 'weight_decay': 1e-2},
+    {'rho': 0.0, 'learning_rate_scale': 2.0, 'weight_decay': 0.0},
+  ]
+  stepper = step.Stepper(problem, resolve(learning_rate=0.1), 2)
+  stacked = {name: jnp.array([m[name] for m in members]) for name in members[0]}
+  init = lambda seed, hyperparams: stepper.init(seed, hyperparams, jnp.float64)
+  states = jax.jit(jax.vmap(init))(jnp.arange(3), stacked)
+  assert set(states.hyperparams) == set(optimizers.VARIABLE)
+  batches = list(problem.train.batches(13, seed=0).epoch(0)) * 3
+  got, metrics = _run(jax.jit(jax.vmap(stepper.train, (0, None))), states, batches)
+  for number, member in enumerate(members):
+    config = resolve(
+      rho=member['rho'],
+      learning_rate=0.1 * member['learning_rate_scale'],
+      weight_decay=member['weight_decay'],
+    )
+    single = step.Stepper(problem, config, 2)
+    alone, facts = _run(
+      jax.jit(single.train), single.init(number, dtype=jnp.float64), batches
+    )
+    jax.tree.map(
+      lambda a, b, n=number: np.testing.assert_allclose(
+        a[n], b, rtol=1e-10, atol=1e-12
+      ),
+      got.params,
+      alone.params,
+    )
+    for ours, theirs in zip(metrics, facts, strict=True):
+      # At a radius of 0 a single run takes no second gradient, and tells no loss there.
+      told = set(theirs) - (set() if member['rho'] else {'perturbed_loss'})
+      for name in told:
+        np.testing.assert_allclose(ours[name][number], theirs[name], rtol=1e-10)

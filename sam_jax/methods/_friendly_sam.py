@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sam_jax import ascent, perturbations
-from sam_jax.sam import sam
+from sam_jax import perturbations
+from sam_jax.methods._declare import Bounds, Radius, method
+from sam_jax.methods._sam import sam
 
 
 class FriendlyState(NamedTuple):
@@ -24,10 +25,11 @@ class FriendlyState(NamedTuple):
   average: optax.Updates
 
 
+@method(flags={'sigma': 'friendly_sigma', 'decay': 'friendly_decay'})
 def friendly_sam(
-  rho: ascent.ScalarOrSchedule = 0.05,
+  rho: Radius = 0.05,
   sigma: float = 1.0,
-  decay: float = 0.9,
+  decay: Annotated[float, Bounds(least=0, below=1)] = 0.9,
   *,
   axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -40,9 +42,11 @@ def friendly_sam(
   The first update is plain SAM and sets :math:`m_0 = g_0`.
 
   Args:
-    rho: as in `sam`.
-    sigma: share of the average that is removed; 0 is SAM.
-    decay: lambda of the average; the paper's runs have .6.
+    rho: radius of the perturbation in the units of the parameters. It is a number, a
+      schedule of the update count, or injected. A Python 0 returns the updates
+      untouched; a traced 0 selects them.
+    sigma: share of the average gradient that is removed; 0 is SAM.
+    decay: decay lambda of the average gradient; the paper's runs have 0.6.
     axis_name: the mapped axis: the average is taken over it too.
 
   Returns:

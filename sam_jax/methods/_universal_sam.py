@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from sam_jax import ascent, perturbations, probes
+from sam_jax.methods._declare import Bounds, Radius, method
+
+_FLAGS = {
+  'lam': 'universal_lam',
+  'num_probes': 'num_probes',
+  'antithetic': 'antithetic',
+}
 
 
 class UniversalSamState(NamedTuple):
@@ -50,13 +57,15 @@ def universal_sam(
   Args:
     psi: scalar to vector (or scalar), differentiable.
     phi: from the mean of psi to a scalar, differentiable.
-    rho: distance of the probes in units of the sampler; as in `sam`.
+    rho: distance of the probes in units of the sampler. It is a number, a schedule of
+      the update count, or injected.
     lam: weight of the sharpness, with rho^2 absorbed.
     sampler: ``(key, params) -> u``, a tree like params; `probes.gaussian` unless given.
     num_probes: n, 1 unless given.
     antithetic: whether each probe is the mean over +u and -u.
     key: a typed key or a seed; it lives in the state.
-    axis_name: as in `sam`; all replicas draw the same probes.
+    axis_name: the mapped axis, over which the recorded norm and loss are averaged; all
+      replicas draw the same probes.
 
   Returns:
     A transformation; ``perturbed_loss`` is the mean loss over the probes.
@@ -146,12 +155,13 @@ def _chain_rule(psi: Callable, phi: Callable, x: jax.Array) -> jax.Array:
   return jax.grad(sharpness)(x)
 
 
+@method(flags=_FLAGS)
 def trace_sam(
-  rho: ascent.ScalarOrSchedule = 0.01,
+  rho: Radius = 0.01,
   lam: float = 1.0,
   *,
   sampler: probes.Sampler | None = None,
-  num_probes: int | None = None,
+  num_probes: Annotated[int, Bounds(least=1)] | None = None,
   antithetic: bool = False,
   key: jax.Array | int = 0,
   axis_name: str | None = None,
@@ -159,13 +169,15 @@ def trace_sam(
   r"""Regularizes the trace of the Hessian: :math:`E x = \mathrm{tr}(H) / 2`.
 
   Args:
-    rho: as in `universal_sam`.
-    lam: as in `universal_sam`.
-    sampler: as in `universal_sam`.
-    num_probes: as in `universal_sam`.
-    antithetic: as in `universal_sam`.
-    key: as in `universal_sam`.
-    axis_name: as in `universal_sam`.
+    rho: distance of the probes in units of the sampler. It is a number, a schedule of
+      the update count, or injected.
+    lam: weight of the sharpness, with rho^2 absorbed.
+    sampler: ``(key, params) -> u``, a tree like params; `probes.gaussian` unless given.
+    num_probes: number of probes an update; 1 unless given.
+    antithetic: whether each probe is the mean over a direction and its opposite.
+    key: a typed key or a seed; it lives in the state.
+    axis_name: the mapped axis, over which the recorded norm and loss are averaged; all
+      replicas draw the same probes.
 
   Returns:
     A transformation as `universal_sam`.
@@ -198,12 +210,13 @@ def trace_sam(
   )
 
 
+@method(flags=_FLAGS)
 def frob_sam(
-  rho: ascent.ScalarOrSchedule = 0.005,
+  rho: Radius = 0.005,
   lam: float = 0.005,
   *,
   sampler: probes.Sampler | None = None,
-  num_probes: int | None = None,
+  num_probes: Annotated[int, Bounds(least=2)] | None = None,
   antithetic: bool = False,
   key: jax.Array | int = 0,
   axis_name: str | None = None,
@@ -217,13 +230,15 @@ def frob_sam(
   ``antithetic=True`` anywhere; otherwise :math:`\|g\|^2 / \rho^2` dominates.
 
   Args:
-    rho: as in `universal_sam`.
-    lam: as in `universal_sam`.
-    sampler: as in `universal_sam`.
-    num_probes: as in `universal_sam`, at least 2; 2 unless given.
-    antithetic: as in `universal_sam`.
-    key: as in `universal_sam`.
-    axis_name: as in `universal_sam`.
+    rho: distance of the probes in units of the sampler. It is a number, a schedule of
+      the update count, or injected.
+    lam: weight of the sharpness, with rho^2 absorbed.
+    sampler: ``(key, params) -> u``, a tree like params; `probes.gaussian` unless given.
+    num_probes: number of probes an update, at least 2; 2 unless given.
+    antithetic: whether each probe is the mean over a direction and its opposite.
+    key: a typed key or a seed; it lives in the state.
+    axis_name: the mapped axis, over which the recorded norm and loss are averaged; all
+      replicas draw the same probes.
 
   Returns:
     A transformation as `universal_sam`.
@@ -254,12 +269,13 @@ def frob_sam(
   )
 
 
+@method(flags=_FLAGS | {'half_width': 'det_half_width'})
 def det_sam(
-  rho: ascent.ScalarOrSchedule = 1.0,
+  rho: Radius = 1.0,
   lam: float = 1.0,
   *,
-  half_width: float = 0.01,
-  num_probes: int | None = None,
+  half_width: Annotated[float, Bounds(above=0)] = 0.01,
+  num_probes: Annotated[int, Bounds(least=1)] | None = None,
   antithetic: bool = False,
   key: jax.Array | int = 0,
   axis_name: str | None = None,
@@ -273,13 +289,16 @@ def det_sam(
   :math:`\det(H)^{-1/2}`; a small h linearises it to the trace.
 
   Args:
-    rho: as in `universal_sam`.
-    lam: as in `universal_sam`.
-    half_width: h, in the units of the parameters (times rho).
-    num_probes: as in `universal_sam`.
-    antithetic: as in `universal_sam`.
-    key: as in `universal_sam`.
-    axis_name: as in `universal_sam`.
+    rho: distance of the probes in units of the sampler. It is a number, a schedule of
+      the update count, or injected.
+    lam: weight of the sharpness, with rho^2 absorbed.
+    half_width: half of the width of the cube of probes, h, in the units of the
+      parameters (times rho).
+    num_probes: number of probes an update; 1 unless given.
+    antithetic: whether each probe is the mean over a direction and its opposite.
+    key: a typed key or a seed; it lives in the state.
+    axis_name: the mapped axis, over which the recorded norm and loss are averaged; all
+      replicas draw the same probes.
 
   Returns:
     A transformation as `universal_sam`.

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from sam_jax import ascent
-from sam_jax.sam import SamState, sam
+from sam_jax.methods._declare import Bounds, Radius, method
+from sam_jax.methods._sam import SamState, sam
 
 
+@method()
 def wsam(
-  rho: ascent.ScalarOrSchedule = 0.05,
-  gamma: float = 0.9,
+  rho: Radius = 0.05,
+  gamma: Annotated[float, Bounds(least=0, below=1)] = 0.9,
   *,
   perturbation: optax.GradientTransformation | None = None,
   axis_name: str | None = None,
@@ -27,10 +29,13 @@ def wsam(
   above the loss.
 
   Args:
-    rho: as in `sam`.
-    gamma: weight of sharpness, in [0, 1).
-    perturbation: as in `sam`.
-    axis_name: as in `sam`.
+    rho: radius of the perturbation in the units of the parameters. It is a number, a
+      schedule of the update count, or injected. A Python 0 returns the updates
+      untouched; a traced 0 selects them.
+    gamma: weight of sharpness, in [0, 1); 1/2 is SAM.
+    perturbation: gradient in, eps-hat at unit radius out; `perturbations.global_norm`
+      unless given.
+    axis_name: the mapped axis, over which the recorded norm and loss are averaged.
 
   Returns:
     A transformation with the state of `sam`.
@@ -68,11 +73,12 @@ class DecoupledWsamState(NamedTuple):
   inner: optax.OptState
 
 
+@method(flags={'gamma': 'wsam_gamma'})
 def decoupled_wsam(
   inner: optax.GradientTransformation,
   learning_rate: ascent.ScalarOrSchedule,
-  rho: ascent.ScalarOrSchedule = 0.05,
-  gamma: float = 0.9,
+  rho: Radius = 0.05,
+  gamma: Annotated[float, Bounds(least=0, below=1)] = 0.9,
   *,
   perturbation: optax.GradientTransformation | None = None,
   axis_name: str | None = None,
@@ -90,9 +96,12 @@ def decoupled_wsam(
     inner: the base chain, with its learning rate, weight decay and, under a mapped
       axis, `cross_replica_mean` first.
     learning_rate: eta of the sharpness step; a number or a schedule of the count.
-    rho: as in `sam`.
-    gamma: as in `wsam`.
-    perturbation: as in `sam`.
+    rho: radius of the perturbation in the units of the parameters. It is a number, a
+      schedule of the update count, or injected. A Python 0 returns the updates
+      untouched; a traced 0 selects them.
+    gamma: weight of sharpness, in [0, 1); over plain SGD 1/2 is SAM.
+    perturbation: gradient in, eps-hat at unit radius out; `perturbations.global_norm`
+      unless given.
     axis_name: the mapped axis: the sharpness step is averaged over it too.
 
   Returns:

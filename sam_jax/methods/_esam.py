@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from sam_jax import ascent, perturbations, probes
+from sam_jax.methods._declare import Bounds, Radius, method
 
 
 class EsamState(NamedTuple):
@@ -23,10 +24,11 @@ class EsamState(NamedTuple):
   chooses_examples = True
 
 
+@method(chooses_examples=True)
 def esam(
-  rho: ascent.ScalarOrSchedule = 0.05,
-  beta: float = 0.5,
-  gamma: float = 0.5,
+  rho: Radius = 0.05,
+  beta: Annotated[float, Bounds(above=0, most=1)] = 0.5,
+  gamma: Annotated[float, Bounds(above=0, most=1)] = 0.5,
   *,
   key: jax.Array | int = 0,
   axis_name: str | None = None,
@@ -48,11 +50,14 @@ def esam(
   examples.
 
   Args:
-    rho: as in `sam`.
-    beta: share of the weights that is perturbed, in (0, 1].
-    gamma: share of the examples that is kept, in (0, 1].
+    rho: radius of the perturbation in the units of the parameters. It is a number, a
+      schedule of the update count, or injected. A Python 0 returns the updates
+      untouched; a traced 0 selects them.
+    beta: share of the weights that is perturbed, above 0 and at most 1.
+    gamma: share of the examples that is kept, above 0 and at most 1.
     key: a typed key or a seed; it lives in the state.
-    axis_name: as in `sam`; all replicas draw the same mask.
+    axis_name: the mapped axis, over which the recorded norm and loss are averaged; all
+      replicas draw the same mask.
 
   Returns:
     A transformation.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from sam_jax import ascent, perturbations
-from sam_jax.sam import SamState, sam
+from sam_jax.methods._declare import Bounds, Radius, method
+from sam_jax.methods._sam import SamState, sam
 
 
 class LookSamState(NamedTuple):
@@ -25,9 +26,10 @@ class LookSamState(NamedTuple):
   is_periodic = True
 
 
+@method(period='every')
 def looksam(
-  rho: ascent.ScalarOrSchedule = 0.05,
-  every: int = 5,
+  rho: Radius = 0.05,
+  every: Annotated[int, Bounds(least=1)] = 5,
   alpha: float = 0.7,
   *,
   perturbation: optax.GradientTransformation | None = None,
@@ -50,10 +52,13 @@ def looksam(
   compiles the one branch only.
 
   Args:
-    rho: as in `sam`.
-    every: k, the period in updates.
-    alpha: size of the reused part relative to the clean gradient.
-    perturbation: as in `sam`.
+    rho: radius of the perturbation in the units of the parameters. It is a number, a
+      schedule of the update count, or injected. A Python 0 returns the updates
+      untouched; a traced 0 selects them.
+    every: number of updates k from one ascent step to the next.
+    alpha: size of the reused direction relative to the clean gradient.
+    perturbation: gradient in, eps-hat at unit radius out; `perturbations.global_norm`
+      unless given.
     axis_name: the mapped axis: the direction kept in the state is averaged over it.
 
   Returns:

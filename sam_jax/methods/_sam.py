@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import optax
 
 from sam_jax import ascent, perturbations
+from sam_jax.methods._declare import Bounds, Choices, Radius, method
 
 
 class SamState(NamedTuple):
@@ -20,11 +21,12 @@ class SamState(NamedTuple):
   perturbation: optax.OptState
 
 
+@method(flags={'num_ascent_steps': 'num_ascent_steps'})
 def sam(
-  rho: ascent.ScalarOrSchedule = 0.05,
+  rho: Radius = 0.05,
   *,
   perturbation: optax.GradientTransformation | None = None,
-  num_ascent_steps: int | None = None,
+  num_ascent_steps: Annotated[int, Bounds(least=1)] | None = None,
   axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Replaces the gradient at w by the gradient at w + eps-hat.
@@ -39,14 +41,13 @@ def sam(
   incoming gradient.
 
   Args:
-    rho: radius of the perturbation in the units of the parameters: a number, a schedule
-      of the update count, or injected. A Python 0 returns the updates untouched, at the
-      cost of the base optimizer; a traced 0 selects them.
+    rho: radius of the perturbation in the units of the parameters. It is a number, a
+      schedule of the update count, or injected. A Python 0 returns the updates
+      untouched, at the cost of the base optimizer; a traced 0 selects them.
     perturbation: gradient in, eps-hat at unit radius out; `perturbations.global_norm`
       unless given. It receives the extra arguments too.
-    num_ascent_steps: K, 1 unless given; the perturbation is built up in K steps of
-      radius rho / K, each along the gradient at the point reached. Costs K + 1
-      gradients.
+    num_ascent_steps: number of ascent steps K, 1 unless given, each of radius rho / K
+      along the gradient at the point reached. An update costs K + 1 gradients.
     axis_name: the mapped axis under `jax.pmap` or `jax.vmap`. Only the recorded norm
       and loss are averaged over it, so that the state is the same on every replica;
       each replica still perturbs on its own batch (m-sharpness). For one common
@@ -127,11 +128,14 @@ def sam(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@method(flags={'eta': 'adaptive_eta', 'weights': 'adaptive_rule'})
 def asam(
-  rho: ascent.ScalarOrSchedule = 0.5,
-  eta: float = 0.01,
+  rho: Radius = 0.5,
+  eta: Annotated[float, Bounds(least=0)] = 0.01,
   *,
-  weights: perturbations.WeightsMask = None,
+  weights: Annotated[
+    perturbations.WeightsMask, Choices({'weights': None, 'all': True})
+  ] = None,
   axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adaptive SAM: the radius of each weight is proportional to its size.
@@ -142,10 +146,13 @@ def asam(
   weights=True)`` is the every-parameter rule, invariant to the rescaling of layers.
 
   Args:
-    rho: radius, relative to the size of the weights (no units); as in `sam`.
-    eta: added to :math:`|w|`.
-    weights: which leaves are weights (see `sam_jax.perturbations.adaptive`).
-    axis_name: as in `sam`.
+    rho: radius of the perturbation relative to the size of the weights. It is a number,
+      a schedule of the update count, or injected.
+    eta: number added to :math:`|w|` in the radius of each weight.
+    weights: which parameters have a radius in proportion to their size: weights (two
+      axes or more), or all. In Python None, True, or a mask as
+      `sam_jax.perturbations.adaptive` takes it.
+    axis_name: the mapped axis, over which the recorded norm and loss are averaged.
 
   Returns:
     A transformation with the state of `sam`.
@@ -171,16 +178,18 @@ def asam(
   return sam(rho, perturbation=perturbation, axis_name=axis_name)
 
 
+@method()
 def usam(
-  rho: ascent.ScalarOrSchedule = 0.05, *, axis_name: str | None = None
+  rho: Radius = 0.05, *, axis_name: str | None = None
 ) -> optax.GradientTransformationExtraArgs:
   r"""Unnormalised SAM: the perturbation shrinks with the gradient.
 
   .. math:: \hat\epsilon = \rho \, g
 
   Args:
-    rho: step of the ascent, in the units of a learning rate; as in `sam`.
-    axis_name: as in `sam`.
+    rho: step of the ascent, in the units of a learning rate. It is a number, a schedule
+      of the update count, or injected.
+    axis_name: the mapped axis, over which the recorded norm and loss are averaged.
 
   Returns:
     A transformation with the state of `sam`.

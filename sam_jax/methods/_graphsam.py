@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from sam_jax import ascent, perturbations
+from sam_jax.methods._declare import Bounds, Radius, method
 
 
 class GraphSamState(NamedTuple):
@@ -31,11 +32,16 @@ class GraphSamState(NamedTuple):
     return ascent.perturb(params, _on_sphere(self.average, self.next_rho))
 
 
+@method(
+  one_gradient=True,
+  period='steps_per_epoch',
+  flags={'epochs_per_decay': 'graphsam_epochs'},
+)
 def graphsam(
-  rho: ascent.ScalarOrSchedule = 0.05,
+  rho: Radius = 0.05,
   beta: float = 0.99,
   gamma: float = 0.5,
-  epochs_per_decay: int = 1,
+  epochs_per_decay: Annotated[int, Bounds(least=1)] = 1,
   *,
   steps_per_epoch: int,
   axis_name: str | None = None,
@@ -56,11 +62,12 @@ def graphsam(
   others, None (the default) to decide by `jax.lax.cond` on the count.
 
   Args:
-    rho: radius in the first epoch; as in `sam`.
-    beta: decay of the average.
-    gamma: factor on the radius every ``epochs_per_decay`` epochs. With the paper's .5
+    rho: radius of the perturbation in the first epoch, in the units of the parameters.
+      It is a number, a schedule of the update count, or injected.
+    beta: decay of the average of gradients.
+    gamma: factor on the radius every ``epochs_per_decay`` epochs. With the paper's 0.5
       the radius is 5e-5 after ten epochs; 1 keeps it.
-    epochs_per_decay: lambda, in epochs.
+    epochs_per_decay: number of epochs lambda from one decay of the radius to the next.
     steps_per_epoch: updates in an epoch.
     axis_name: the mapped axis: m is averaged over it.
 

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from sam_jax import ascent, perturbations
+from sam_jax.methods._declare import Radius, method
+
+_BUFFERS = ('trace', 'mu')
 
 
 class MsamState(NamedTuple):
@@ -34,11 +37,12 @@ class MsamState(NamedTuple):
     return ascent.perturb(params, perturbations.scale_tree(buffer, factor))
 
 
+@method(one_gradient=True, needs_momentum=True)
 def msam(
   inner: optax.GradientTransformation,
-  rho: ascent.ScalarOrSchedule = 0.3,
+  rho: Radius = 0.3,
   *,
-  momentum: str = 'trace',
+  momentum: str | None = None,
   axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Perturbs along the momentum buffer, so that one gradient an update suffices.
@@ -52,18 +56,20 @@ def msam(
 
   Args:
     inner: the base chain with a momentum buffer, learning rate and all.
-    rho: radius: a number, a schedule or injected; 0 is the base optimizer.
-    momentum: name of the buffer in the state of ``inner``: ``'trace'`` for `optax.sgd`
-      with momentum, ``'mu'`` for `optax.adam` and its kin.
-    axis_name: as in `sam`; with `cross_replica_mean` in ``inner`` the buffer is the
-      same on all replicas.
+    rho: radius of the perturbation in the units of the parameters. It is a number, a
+      schedule of the update count, or injected; 0 is the base optimizer.
+    momentum: name of the buffer in the state of ``inner``; None finds the one named
+      ``'trace'``, as `optax.sgd` with momentum has it, or ``'mu'``, as `optax.adam` and
+      its kin do.
+    axis_name: the mapped axis, over which the recorded norm and loss are averaged; with
+      `cross_replica_mean` in ``inner`` the buffer is the same on all replicas.
 
   Returns:
     A transformation. ``tx.update`` needs no gradient function; a ``value`` given to it,
     the loss at the gradient point, is recorded as ``perturbed_loss``.
 
   Raises:
-    ValueError: rho < 0; ``init`` where ``inner`` has no such buffer.
+    ValueError: rho < 0; ``init`` where ``inner`` does not have exactly one such buffer.
 
   >>> import jax, jax.numpy as jnp, optax, sam_jax
   >>> loss = lambda w: jnp.sum(w ** 4)
@@ -87,21 +93,16 @@ def msam(
 
   def init_fn(params):
     inner_state = inner.init(params)
-    found = len(optax.tree.get_all_with_path(inner_state, momentum))
-    if found != 1:
-      raise ValueError(
-        f'msam needs one buffer named {momentum!r} in the state of inner, found '
-        f"{found}: 'trace' goes with optax.sgd(..., momentum=...), 'mu' with "
-        'optax.adam.'
-      )
+    buffer = _buffer(inner_state, _BUFFERS if momentum is None else (momentum,))
     record = ascent.init_record(params)
-    next_rho = {momentum: jnp.zeros_like(record.rho)}  # no buffer yet to follow
+    next_rho = {buffer: jnp.zeros_like(record.rho)}  # no buffer yet to follow
     return MsamState(*record, next_rho, inner_state)
 
   def update_fn(updates, state, params=None, *, value=0.0, **extra_args):
+    ((buffer, radius),) = state.next_rho.items()
     record = ascent.next_record(
       state,
-      rho=state.next_rho[momentum],
+      rho=radius,
       updates=updates,
       perturbed_loss=value,
       axis_name=axis_name,
@@ -110,9 +111,27 @@ def msam(
       updates, state.inner, params, value=value, **extra_args
     )
     radius = jnp.asarray(ascent.resolve(rho, record.count), record.rho.dtype)
-    return updates, MsamState(*record, {momentum: radius}, inner_state)
+    return updates, MsamState(*record, {buffer: radius}, inner_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _buffer(inner_state: optax.OptState, names: tuple[str, ...]) -> str:
+  """The name of the one momentum buffer in a state.
+
+  Raises:
+    ValueError: there is none, or more than one.
+  """
+  found = [
+    name for name in names for _ in optax.tree.get_all_with_path(inner_state, name)
+  ]
+  if len(found) != 1:
+    raise ValueError(
+      f'msam needs one buffer named {" or ".join(map(repr, names))} in the state of '
+      f"inner, found {len(found)}: 'trace' goes with optax.sgd(..., momentum=...), "
+      "'mu' with optax.adam; momentum= names one."
+    )
+  return found[0]
 
 
 def gradient_point(opt_state: optax.OptState, params: optax.Params) -> optax.Params:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from training import Config, classes, loop, losses, summary
+from training import Classification, Config, loop, summary
+from training.scores import classification as classes
 
 CONFUSION = np.array([[5, 1, 0, 2], [0, 7, 1, 0], [2, 0, 3, 4], [1, 1, 1, 9]])
 
@@ -42,19 +43,21 @@ def test_what_cannot_be_said_is_left_out_of_the_means():
 def test_confusion_counts_weights():
   logits = np.array([[3.0, 1.0], [0.0, 2.0], [0.0, 2.0], [5.0, 0.0]])
   labels, weights = np.array([0, 0, 1, 0]), np.array([1, 1, 1, 0], np.float32)
-  found = losses.confusion(logits, {'labels': labels, 'weights': weights})
-  np.testing.assert_array_equal(found, [[1, 1], [0, 1]])
+  batch = {'labels': labels, 'weights': weights}
+  found = Classification(2).totals(logits, batch)
+  np.testing.assert_array_equal(found['confusion'], [[1, 1], [0, 1]])
 
 
 @pytest.mark.parametrize('num_devices', [1, 4])
 def test_a_run_writes_scores_and_picture(small, tmp_path, num_devices):
   config = Config(optimizer='sgd', base_optimizer='sgd', epochs=1, batch_size=8)
-  workload = small.workload()._replace(class_names=('left', 'middle', 'right'))
-  loop.train(config, workload, tmp_path, num_devices=num_devices)
+  names = ('left', 'middle', 'right')
+  problem = small.problem()._replace(scores=Classification(3, names))
+  loop.train(config, problem, tmp_path, num_devices=num_devices)
   found = json.loads((tmp_path / 'summary.json').read_text())
   scores = found['test_scores']
   rows = np.array([entry['predicted'] for entry in scores['classes']])
-  labels = next(workload.test.batches(13).epoch(0))['labels']
+  labels = next(problem.test.batches(13).epoch(0))['labels']
   assert rows.sum(axis=1).tolist() == np.bincount(labels, minlength=3).tolist()
   np.testing.assert_allclose(np.trace(rows) / 13, found['final']['test_accuracy'])
   assert [entry['name'] for entry in scores['classes']] == ['left', 'middle', 'right']
@@ -64,10 +67,10 @@ def test_a_run_writes_scores_and_picture(small, tmp_path, num_devices):
 
 def test_many_classes_are_drawn_without_counts(tmp_path):
   found = classes.scores(np.eye(60))
-  classes.save(tmp_path, found, 'sixty')
+  classes.draw(tmp_path, found, 'sixty')
   assert (tmp_path / 'confusion.png').is_file()
 
 
 def test_names_that_the_font_lacks_bring_no_warning(tmp_path):
   found = classes.scores(np.eye(2), ['\u732b', '\u72ac'])
-  classes.save(tmp_path, found, 'two')  # Warnings are errors here.
+  classes.draw(tmp_path, found, 'two')  # Warnings are errors here.
