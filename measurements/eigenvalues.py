@@ -18,7 +18,12 @@ from measurements.measurement import (
   option,
 )
 from measurements.network import Network
-from measurements.objective import Objective, example_curvatures, of_examples
+from measurements.objective import (
+  Objective,
+  example_curvatures,
+  of_examples,
+  width,
+)
 from measurements.registry import Shared
 from sam_jax import curvature
 from training.errors import UsageError
@@ -34,21 +39,22 @@ class Options:
   top_k: int = option(5, 'eigenvalues at each end', at_least(1))
 
 
-def lambda_max(
-  problem: Problem, params: Any, batch_stats: Any, objective: Objective | None = None
-) -> dict[str, float | bool]:
+# That of the last problem: a sweep measures many networks of one.
+_last: list[Objective] = []
+
+
+def lambda_max(problem: Problem, params: Any, batch_stats: Any) -> dict[str, Any]:
   """The largest Hessian eigenvalue of the training loss, as it is defined everywhere.
 
-  That is the loss over the whole training split in evaluation mode, computed in
-  float32 whatever training computed in; the residual |H v - lambda v| is at most 1e-4
-  of the largest absolute eigenvalue.
+  That is the loss over the whole training split in evaluation mode, in float32, or in
+  float64 where parameters are, whatever training computed in; the residual
+  |H v - lambda v| is at most 1e-4 of the largest absolute eigenvalue. Calls with the
+  same problem load the data and compile once.
 
   Args:
     problem: what is trained.
     params: parameters of its model.
     batch_stats: running batch statistics, possibly empty.
-    objective: of the problem under `Shared` options. Give the same to several calls and
-      nothing is compiled or loaded twice.
 
   Returns:
     `lambda_max`, its measured residual `lambda_max_residual`, and
@@ -57,9 +63,11 @@ def lambda_max(
   Raises:
     NonFiniteError: the parameters or the data hold NaN or infinity.
   """
-  objective = objective or Objective(problem, Shared())
+  options = Shared(dtype=width(params))
+  if not _last or _last[0].problem is not problem or _last[0].options != options:
+    _last[:] = [Objective(problem, options)]
   network = Network(None, problem, params, batch_stats, 0, {}, pathlib.Path())
-  return largest(Context(network, objective))
+  return largest(Context(network, _last[0]))
 
 
 def largest(context: Context) -> dict[str, Any]:

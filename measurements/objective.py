@@ -162,3 +162,9 @@ def cast(tree: Any, dtype: str) -> Any:
     ),
     tree,
   )
+
+
+def width(params: Any) -> str:
+  """The type in which a network is measured while it is trained."""
+  wide = any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(params))
+  return 'float64' if wide else 'float32'

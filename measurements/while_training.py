@@ -6,14 +6,11 @@ import dataclasses
 import pathlib
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from measurements import registry
 from measurements.context import Context, plain
 from measurements.measurement import Measurement
 from measurements.network import Network
-from measurements.objective import Objective
+from measurements.objective import Objective, width
 from sam_jax import curvature
 from training.config import Config
 from training.errors import TrainingDiverged, UsageError
@@ -55,8 +52,7 @@ class Hook:
     Raises:
       TrainingDiverged: the loss or its curvature is not finite.
     """
-    wide = any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(params))
-    dtype = 'float64' if wide else 'float32'
+    dtype = width(params)
     if dtype not in self._objectives:
       options = registry.options_class()(dtype=dtype)
       self._objectives[dtype] = Objective(self._problem, options)
@@ -73,7 +69,7 @@ class Hook:
       ) from error
 
 
-def hookable() -> tuple[str, ...]:
+def hooks() -> tuple[str, ...]:
   """The measurements that can be hooks."""
   return tuple(name for name, found in registry.find().items() if found.hook)
 
@@ -83,7 +79,7 @@ def hook(name: str, problem: Problem, config: Config, every: int = 0) -> Hook:
 
   Args:
     name: 'eigenvalues' (of which lambda_max), 'evaluation', 'trace', or another of
-      `hookable`.
+      `hooks`.
     problem: what is trained.
     config: the run's.
     every: steps between measurements; 0 is the end of each epoch.
@@ -91,9 +87,9 @@ def hook(name: str, problem: Problem, config: Config, every: int = 0) -> Hook:
   Raises:
     UsageError: the measurement cannot be a hook, or `every` is negative.
   """
-  if name not in hookable():
+  if name not in hooks():
     raise UsageError(
-      f'--measure={name}: choose of {", ".join(hookable())} while training; '
+      f'--measure={name}: choose of {", ".join(hooks())} while training; '
       'eval_hessian.py has the others.'
     )
   if every < 0:
