@@ -3,6 +3,7 @@
   python eval_hessian.py --workdir=runs/sgd
   python eval_hessian.py --workdir=runs/sgd,runs/sam --out=runs/compare
   python eval_hessian.py --workdir='runs/sweep/*/seed_*' --out=runs/compare
+  python eval_hessian.py --workdir=runs/sgd --measure=eigenvalues,trace
 
 Each --workdir is that of a train.py run; its newest checkpoint is measured. Its folder
 hessian/ gets summary.json (the extreme eigenvalues of the Hessian of the training loss
@@ -18,15 +19,23 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import json
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+import measurements
 import tasks
 from input_pipelines import DataError
-from training import checkpoints, cli, comparison, compiler, over_training, sharpness
+from reports import comparison, over_training
+from training import checkpoints, cli, compiler
 from training import config as config_lib
+from training.config import Config
 from training.errors import UsageError
+
+# What no task's model, data or loss depends on.
+_OF_TRAINING = ('optimizer', 'base_optimizer', 'rho', 'seed', 'hyperparameters')
 
 
 def _define_flags() -> cli.Flags:
@@ -37,13 +46,15 @@ def _define_flags() -> cli.Flags:
   flags.define(
     'steps', 'list', 'these checkpoints of each run, or all; else the newest'
   )
+  names = ', '.join(measurements.find())
+  flags.define('measure', 'list', f'only some, and what they need, of {names}')
   flags.heading('How')
-  for field in dataclasses.fields(sharpness.Options):
+  for field in dataclasses.fields(measurements.Options):
     flags.define(field.name, str(field.type), field.metadata['help'], field.default)
   flags.define('cache', 'bool', 'keep compiled programs in ~/.cache/sam_jax', True)
   flags.heading('Where the data lies, if not where the run found it')
   for name in ('manual_dir', 'data_dir'):
-    field = next(f for f in dataclasses.fields(config_lib.Config) if f.name == name)
+    field = next(f for f in dataclasses.fields(Config) if f.name == name)
     flags.define(name, 'str', field.metadata['help'])
   return flags
 
@@ -67,10 +78,8 @@ def _workdirs(patterns: Sequence[str] | None) -> list[pathlib.Path]:
   return list(found)
 
 
-def _steps(values: Sequence[str] | None, workdir: pathlib.Path) -> list[int] | None:
-  """The checkpoints that --steps names, None if it is unset."""
-  if values is None:
-    return None
+def _steps(values: Sequence[str], workdir: pathlib.Path) -> list[int]:
+  """The checkpoints that --steps names."""
   found = checkpoints.steps(workdir)
   if list(values) == ['all']:
     return found
@@ -95,42 +104,63 @@ def _require_folder(path: pathlib.Path) -> None:
     ) from error
 
 
-def _measure_newest(runs, options) -> list[comparison.Run]:
+class _Measurers:
+  """A measurer for each problem: data are loaded, programs compiled once for many."""
+
+  def __init__(self, options: Any, only: Sequence[str] | None):
+    self._options = options
+    self._only = only
+    self._last: tuple[str, measurements.Measurer] | None = None
+
+  def of(self, config: Config) -> measurements.Measurer:
+    """The measurer of a run's problem; the one before if that is the same."""
+    known = dataclasses.asdict(config)
+    kept = {name: known[name] for name in known if name not in _OF_TRAINING}
+    key = json.dumps(kept, sort_keys=True)
+    if self._last is None or self._last[0] != key:
+      self._last = None  # Its data go before others come.
+      problem = tasks.build(config)
+      measurer = measurements.Measurer(problem, self._options, self._only)
+      self._last = key, measurer
+    return self._last[1]
+
+
+def _measure_newest(runs, measurers: _Measurers) -> list[comparison.Run]:
   """Measures the newest checkpoint of each (workdir, config)."""
   measured = []
   for number, (workdir, config) in enumerate(runs, 1):
     print(f'[{number}/{len(runs)}] {workdir}', flush=True)
-    network = sharpness.restore(workdir, config, tasks.build)
-    summary = sharpness.measure(network, workdir / sharpness.FOLDER, options)
-    print(sharpness.describe(summary))
+    measurer = measurers.of(config)
+    network = measurements.restore(workdir, config, measurer.problem)
+    summary = measurer.measure(network, workdir / measurements.FOLDER)
+    print(comparison.describe(summary))
     measured.append(comparison.Run(workdir, config, summary))
     comparison.write_single(measured[-1])
   return measured
 
 
-def _measure_steps(workdir, config, options, steps) -> None:
+def _measure_steps(workdir, config, steps, measurers: _Measurers) -> None:
   """Measures several checkpoints of one run and draws them by step."""
   summaries = []
+  measurer = measurers.of(config)
   for step in steps:
     print(f'{workdir}, step {step}', flush=True)
-    network = sharpness.restore(workdir, config, tasks.build, step)
+    network = measurements.restore(workdir, config, measurer.problem, step)
     folder = over_training.folder(workdir, step)
-    summaries.append(sharpness.measure(network, folder, options))
-  title = f'{config.task}: {sharpness.label(config)}, seed {config.seed}'
+    summaries.append(measurer.measure(network, folder))
+  title = comparison.title_of(config)
   print(f'\n{over_training.write(workdir, summaries, title)}')
-  print(f'\n{workdir / sharpness.FOLDER}/')
+  print(f'\n{workdir / measurements.FOLDER}/')
 
 
 def main(argv: Sequence[str]) -> None:
   """Measures what the flags say."""
   flags = _define_flags().parse(argv, __doc__)
-  options = sharpness.Options(
-    **{
-      field.name: flags[field.name].value
-      for field in dataclasses.fields(sharpness.Options)
-    }
-  )
+  names = [field.name for field in dataclasses.fields(measurements.Options)]
+  options = measurements.Options(**{name: flags[name].value for name in names})
   options.validate()
+  only = cli.entries('measure', flags.measure)
+  measurements.choose(only, options)
   where = {
     name: flags[name].value
     for name in ('manual_dir', 'data_dir')
@@ -142,24 +172,25 @@ def main(argv: Sequence[str]) -> None:
     dataclasses.replace(config_lib.load(workdir), **where) for workdir in workdirs
   ]
   runs = list(zip(workdirs, configs, strict=True))
-  steps = [_steps(flags.steps, workdir) for workdir in workdirs]
+  compared = flags.steps is None and (len(runs) > 1 or flags['out'].present)
   out = pathlib.Path(flags.out)
-  compared = len(runs) > 1 or flags['out'].present
   if flags.steps is not None and flags['out'].present:
     raise UsageError(
       f'--out={out} is for the comparison of several runs: what --steps measures is in '
-      f'WORKDIR/{sharpness.FOLDER}.'
+      f'WORKDIR/{measurements.FOLDER}.'
     )
-  if compared and flags.steps is None:
+  series = [_steps(flags.steps, w) for w in workdirs] if flags.steps is not None else []
+  if compared:
     _require_folder(out)
   compiler.use_all_cores()
   if flags.cache:
     compiler.keep_programs()
+  measurers = _Measurers(options, only)
+  for (workdir, config), steps in zip(runs, series, strict=False):
+    _measure_steps(workdir, config, steps, measurers)
   if flags.steps is not None:
-    for (workdir, config), chosen in zip(runs, steps, strict=True):
-      _measure_steps(workdir, config, options, chosen)
     return
-  measured = _measure_newest(runs, options)
+  measured = _measure_newest(runs, measurers)
   if compared:
     print(f'\n{comparison.write(measured, out)}\n\n{out}/')
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import html as html_lib
 import pathlib
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
-FILE_NAME = 'report.html'
-Rows = list[list[str]]  # the headings first
+from measurements.measurement import Rows, Section
+
 _WIDEST = 6  # columns of a table with a single row
 
 _STYLE = """
@@ -25,14 +25,6 @@ p { max-width: 48rem; } img { max-width: 100%; }
 """
 
 
-class Section(NamedTuple):
-  """A table with what is to be said of it."""
-
-  heading: str
-  rows: Rows
-  text: str
-
-
 def markdown_table(rows: Rows) -> str:
   """A Markdown table, aligned to be read as plain text too."""
   if not rows[1:]:
@@ -46,7 +38,7 @@ def markdown_table(rows: Rows) -> str:
   return '\n'.join(lines)
 
 
-def markdown(title: str, sections: list[Section]) -> str:
+def markdown(title: str, sections: Sequence[Section]) -> str:
   """Sections as a Markdown page."""
   parts = [f'# {title}']
   for section in sections:
@@ -56,7 +48,9 @@ def markdown(title: str, sections: list[Section]) -> str:
   return '\n\n'.join(parts) + '\n'
 
 
-def html(title: str, sections: list[Section], figures: dict[str, pathlib.Path]) -> str:
+def html(
+  title: str, sections: Sequence[Section], figures: Mapping[str, pathlib.Path]
+) -> str:
   """Sections and figures as one page.
 
   Args:

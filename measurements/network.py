@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
 from training import checkpoints, optimizers
-from training.config import Config
-from training.workload import Workload
+from training.config import Config, label
+from training.errors import UsageError
+from training.problem import Problem
 
 
 class Network(NamedTuple):
@@ -18,7 +18,7 @@ class Network(NamedTuple):
 
   Attributes:
     config: that of its run.
-    workload: its model and data.
+    problem: its model, data, loss and scores.
     params: its parameters.
     batch_stats: its running batch statistics, possibly empty.
     step: updates done.
@@ -27,49 +27,56 @@ class Network(NamedTuple):
   """
 
   config: Config
-  workload: Workload
+  problem: Problem
   params: Any
   batch_stats: Any
   step: int
   arrays: dict[str, Any]
   workdir: pathlib.Path
 
+  @property
+  def name(self) -> str:
+    """Its method and seed, for readers."""
+    return f'{label(self.config)}, seed {self.config.seed}'
+
+  @property
+  def title(self) -> str:
+    """What a figure of it is headed with."""
+    return f'{self.config.task}: {self.name}, step {self.step:,}'
+
 
 def restore(
-  workdir: pathlib.Path,
-  config: Config,
-  build: Callable[[Config], Workload],
-  step: int | None = None,
+  workdir: pathlib.Path, config: Config, problem: Problem, step: int | None = None
 ) -> Network:
   """Rebuilds the network of a workdir from one of its checkpoints.
 
   Args:
     workdir: the run's folder.
-    config: its configuration; where its data lies may differ.
-    build: makes the workload of a configuration.
+    config: its configuration.
+    problem: that of the configuration, as ``tasks.build`` makes it; networks that share
+      one are measured by programs that are compiled once.
     step: of the checkpoint; None is the newest.
 
   Raises:
     UsageError: there is no such checkpoint, or it is of another model.
   """
   checkpoint = checkpoints.load(workdir, step)
-  workload = build(config)
-  params, batch_stats = variables(workdir, workload, checkpoint)
+  params, batch_stats = variables(workdir, problem, checkpoint)
   number = int(checkpoint.arrays['step'])
   return Network(
-    config, workload, params, batch_stats, number, checkpoint.arrays, workdir
+    config, problem, params, batch_stats, number, checkpoint.arrays, workdir
   )
 
 
 def variables(
-  workdir: pathlib.Path, workload: Workload, checkpoint: checkpoints.Checkpoint
+  workdir: pathlib.Path, problem: Problem, checkpoint: checkpoints.Checkpoint
 ) -> tuple[Any, Any]:
   """Parameters and batch statistics of a checkpoint, which must fit the model.
 
   Raises:
     UsageError: it is of another model.
   """
-  like = jax.eval_shape(workload.model.init, jax.random.key(0), workload.example_inputs)
+  like = problem.variables()
   params, batch_stats = (
     checkpoints.from_arrays(
       checkpoints.select(checkpoint.arrays, name),
@@ -84,11 +91,15 @@ def variables(
 def trajectory(network: Network) -> list[Any]:
   """The parameters of every checkpoint of the network's run, up to its own."""
   workdir = network.workdir
-  steps = [step for step in checkpoints.steps(workdir) if step <= network.step]
   return [
-    variables(workdir, network.workload, checkpoints.load(workdir, step))[0]
-    for step in steps
+    variables(workdir, network.problem, checkpoints.load(workdir, step))[0]
+    for step in trajectory_steps(network)
   ]
+
+
+def trajectory_steps(network: Network) -> list[int]:
+  """The steps of those checkpoints."""
+  return [s for s in checkpoints.steps(network.workdir) if s <= network.step]
 
 
 def optimizer_state(network: Network) -> Any:
@@ -98,7 +109,7 @@ def optimizer_state(network: Network) -> Any:
     UsageError: the checkpoint is of another optimizer.
   """
   config = network.config
-  batches = network.workload.train.batches(config.batch_size, seed=config.seed)
+  batches = network.problem.train.batches(config.batch_size, seed=config.seed)
   tx = optimizers.build(config, batches.steps_per_epoch)
   return checkpoints.from_arrays(
     checkpoints.select(network.arrays, 'opt_state'),
@@ -107,9 +118,21 @@ def optimizer_state(network: Network) -> Any:
   )
 
 
-def label(config: Config) -> str:
-  """A run's method in a few words: optimizer, base optimizer, radius."""
-  radius = '' if config.rho is None else f', rho {config.rho:g}'
-  base = config.base_optimizer
-  over = f' over {base}' if base and base != config.optimizer else ''
-  return f'{config.optimizer}{over}{radius}'
+def second_moments(network: Network) -> Any:
+  """The state in which the run's Adam keeps its second moments.
+
+  Raises:
+    UsageError: the run keeps none, or has made no step yet.
+  """
+  base = network.config.base_optimizer
+  if base not in ('adam', 'adamw'):
+    raise UsageError(
+      f'--preconditioner=adam: the run was trained with {base}, which keeps no second '
+      'moments.'
+    )
+  if not network.step:
+    raise UsageError(
+      f'--preconditioner=adam: the checkpoint of step 0 in {network.workdir} has no '
+      'second moments yet; choose a later one by --steps.'
+    )
+  return optimizer_state(network)

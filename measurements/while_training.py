@@ -1,0 +1,97 @@
+"""Measurements while a network is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from measurements import registry
+from measurements.context import Context, plain
+from measurements.measurement import Measurement
+from measurements.network import Network
+from measurements.objective import Objective, width
+from sam_jax import curvature
+from training.config import Config
+from training.errors import TrainingDiverged, UsageError
+from training.problem import Problem
+
+
+@dataclasses.dataclass
+class Hook:
+  """A measurement that the training loop calls; a pure function of its arguments.
+
+  Attributes:
+    name: of the measurement.
+  """
+
+  name: str
+  _measurement: Measurement
+  _problem: Problem
+  _config: Config
+  _every: int
+  _objectives: dict[str, Objective] = dataclasses.field(default_factory=dict)
+
+  def due(self, step: int, steps_per_epoch: int) -> bool:
+    """Whether it is measured after so many steps."""
+    return step % (self._every or steps_per_epoch) == 0
+
+  def __call__(
+    self, params: Any, batch_stats: Any, step: int
+  ) -> dict[str, float | bool | None]:
+    """Measures a network over the whole training split, in float32 or wider.
+
+    Args:
+      params: parameters of the model, of one replica.
+      batch_stats: running batch statistics, possibly empty.
+      step: updates done.
+
+    Returns:
+      Numbers by name.
+
+    Raises:
+      TrainingDiverged: the loss or its curvature is not finite.
+    """
+    dtype = width(params)
+    if dtype not in self._objectives:
+      options = registry.options_class()(dtype=dtype)
+      self._objectives[dtype] = Objective(self._problem, options)
+    network = Network(
+      self._config, self._problem, params, batch_stats, step, {}, pathlib.Path()
+    )
+    try:
+      context = Context(network, self._objectives[dtype])
+      return plain(self._measurement.hook(context))
+    except curvature.NonFiniteError as error:
+      raise TrainingDiverged(
+        f'the curvature of the loss is not finite after step {step}: try a lower '
+        '--learning_rate or --rho.'
+      ) from error
+
+
+def hooks() -> tuple[str, ...]:
+  """The measurements that can be hooks."""
+  return tuple(name for name, found in registry.find().items() if found.hook)
+
+
+def hook(name: str, problem: Problem, config: Config, every: int = 0) -> Hook:
+  """A measurement as a hook of the training loop.
+
+  Args:
+    name: 'eigenvalues' (of which lambda_max), 'evaluation', 'trace', or another of
+      `hooks`.
+    problem: what is trained.
+    config: the run's.
+    every: steps between measurements; 0 is the end of each epoch.
+
+  Raises:
+    UsageError: the measurement cannot be a hook, or `every` is negative.
+  """
+  if name not in hooks():
+    raise UsageError(
+      f'--measure={name}: choose of {", ".join(hooks())} while training; '
+      'eval_hessian.py has the others.'
+    )
+  if every < 0:
+    raise UsageError(f'--measure_every={every}: must not be negative.')
+  return Hook(name, registry.find()[name], problem, config, every)
