@@ -1,6 +1,7 @@
 """Imports go one way, the library stands alone, TensorFlow stays out."""
 
 import ast
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -10,13 +11,16 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 OURS = {
-    'sam_jax', 'models', 'input_pipelines', 'training', 'tasks', 'train', 'eval_hessian'
+    'sam_jax', 'models', 'input_pipelines', 'training', 'tasks', 'measurements',
+    'reports', 'train', 'eval_hessian'
 }  # fmt: skip
 MAY_IMPORT = {
   'sam_jax': set(),
   'models': set(),
   'input_pipelines': set(),
   'training': {'sam_jax'},
+  'measurements': {'sam_jax', 'training'},
+  'reports': {'sam_jax', 'training', 'measurements'},
   'tasks': {'sam_jax', 'models', 'input_pipelines', 'training'},
   'train': OURS - {'eval_hessian'},
   'eval_hessian': OURS - {'train'},
@@ -65,14 +69,104 @@ def test_the_library_needs_only_jax_optax_and_numpy():
   assert not wrong
 
 
+def _modules():
+  """Every module of ours by its dotted name."""
+  for part in sorted(OURS):
+    for path in files(part):
+      names = path.relative_to(ROOT).with_suffix('').parts
+      yield '.'.join(names[:-1] if names[-1] == '__init__' else names), path
+
+
+def _dependencies(path, known):
+  """The modules of ours that a file imports, at its top or inside a function."""
+  tree = ast.parse(path.read_text())
+  only_for_types = {
+    id(inner)
+    for node in ast.walk(tree)
+    if isinstance(node, ast.If) and ast.unparse(node.test) == 'TYPE_CHECKING'
+    for inner in ast.walk(node)
+  }
+  for node in (x for x in ast.walk(tree) if id(x) not in only_for_types):
+    if isinstance(node, ast.Import):
+      yield from (a.name for a in node.names if a.name in known)
+    elif isinstance(node, ast.ImportFrom) and node.module:
+      for alias in node.names:
+        inner = f'{node.module}.{alias.name}'
+        if inner in known:
+          yield inner
+        elif node.module in known:
+          yield node.module
+
+
+def test_no_imports_go_in_a_circle():
+  paths = dict(_modules())
+  graph = {name: set(_dependencies(path, paths)) for name, path in paths.items()}
+  try:
+    tuple(graphlib.TopologicalSorter(graph).static_order())
+  except graphlib.CycleError as error:
+    pytest.fail(f'imports go in a circle: {" <- ".join(error.args[1])}')
+
+
+def _readers_of_flags(text):
+  """Lines that read a command line: absl's flags in any spelling, or sys.argv."""
+  tree = ast.parse(text)
+  names, wrong = {}, []
+  for node in ast.walk(tree):  # what each name of an import stands for
+    if isinstance(node, ast.Import):
+      for alias in node.names:
+        names[alias.asname or alias.name.split('.')[0]] = (
+          alias.name if alias.asname else alias.name.split('.')[0]
+        )
+    elif isinstance(node, ast.ImportFrom) and node.level == 0:
+      for alias in node.names:
+        names[alias.asname or alias.name] = f'{node.module}.{alias.name}'
+        if node.module == 'absl.flags' or f'{node.module}.{alias.name}' == 'sys.argv':
+          wrong.append(node.lineno)
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Constant) and str(node.value).startswith('absl'):
+      wrong.append(node.lineno)  # import_module('absl.flags')
+    if not isinstance(node, ast.Attribute):
+      continue
+    parts = [node.attr]
+    while isinstance(node.value, ast.Attribute):
+      node = node.value
+      parts.append(node.attr)
+    if isinstance(node.value, ast.Name):
+      full = '.'.join([names.get(node.value.id, ''), *reversed(parts)])
+      if full.startswith(('absl.flags.FLAGS', 'absl.app', 'sys.argv')):
+        wrong.append(node.lineno)
+  return sorted(set(wrong))
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    'from absl import flags\nrho = flags.FLAGS.rho',
+    'import absl.flags\nrho = absl.flags.FLAGS.rho',
+    'import absl.flags as f\nrho = f.FLAGS.rho',
+    'from absl.flags import FLAGS\nrho = FLAGS.rho',
+    'from absl.flags import FLAGS as values\nrho = values.rho',
+    'import importlib\nrho = importlib.import_module("absl.flags").FLAGS.rho',
+    'import sys\nrho = sys.argv[1]',
+    'from sys import argv\nrho = argv[1]',
+    'def f():\n  from absl import flags as g\n  return g.FLAGS',
+  ],
+)
+def test_every_spelling_of_reading_flags_is_seen(text):
+  assert _readers_of_flags(text)
+
+
 def test_flags_are_read_in_the_two_scripts_only():
-  readers = [
-      str(path.relative_to(ROOT))
-      for part in OURS - {'train', 'eval_hessian'}
-      for path in files(part)
-      if 'FLAGS' in {n.id for n in ast.walk(ast.parse(path.read_text()))
-                     if isinstance(n, ast.Name)}
-  ]  # fmt: skip
+  readers = {
+    str(path.relative_to(ROOT)): lines
+    for part in OURS - {'train', 'eval_hessian'}
+    for path in files(part)
+    if (lines := _readers_of_flags(path.read_text()))
+  }
+  # What parses for both scripts tells libraries that it has.
+  text = (ROOT / 'training' / 'cli.py').read_text().splitlines()
+  (line,) = readers.pop('training/cli.py')
+  assert text[line - 1].strip() == 'flags.FLAGS.mark_as_parsed()'
   assert not readers
 
 
