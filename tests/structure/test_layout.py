@@ -123,7 +123,7 @@ def _readers_of_flags(text):
         if node.module == 'absl.flags' or f'{node.module}.{alias.name}' == 'sys.argv':
           wrong.append(node.lineno)
   for node in ast.walk(tree):
-    if isinstance(node, ast.Constant) and str(node.value).startswith('absl'):
+    if isinstance(node, ast.Constant) and str(node.value).startswith('absl.'):
       wrong.append(node.lineno)  # import_module('absl.flags')
     if not isinstance(node, ast.Attribute):
       continue
