@@ -23,7 +23,7 @@ def test_what_a_chosen_one_needs_runs_too(fast):
     measurements.choose(['layers'], fast.options)
 
 
-_NEW = '''
+_NEW = """
 import dataclasses
 from measurements.measurement import Column, Measurement, at_least, option
 
@@ -39,16 +39,14 @@ MEASUREMENT = Measurement(
   options=Options,
   columns=lambda summary: [Column('new one', ('new',))],
 )
-'''
+"""
 
 
 @pytest.fixture
 def new_file(tmp_path, monkeypatch):
   """A measurement more, in one file."""
   (tmp_path / 'added_one.py').write_text(_NEW)
-  monkeypatch.setattr(
-    measurements, '__path__', [*measurements.__path__, str(tmp_path)]
-  )
+  monkeypatch.setattr(measurements, '__path__', [*measurements.__path__, str(tmp_path)])
   registry.find.cache_clear()
   yield
   registry.find.cache_clear()
