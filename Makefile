@@ -7,7 +7,7 @@ export JAX_PLATFORMS ?= cpu
 # Has glibc (Linux) ask for huge pages: on a CPU large arrays cost much time otherwise.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help quickstart test test-slow lint format bench bench-peers table1 clean
+.PHONY: help quickstart test test-newest test-slow lint format bench bench-peers table1 clean
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -29,6 +29,19 @@ quickstart: $(VENV)/app.stamp  ## train digits with SGD and SAM, measure both, c
 
 test: lint  ## lint, doctests and tests; under 8 minutes on 2 cores
 	$(PY) -m pytest -n 2 -m 'not slow' --doctest-modules --doctest-glob='*.md' sam_jax input_pipelines models training tasks docs tests
+
+$(VENV)/newest/dev.stamp: requirements.txt requirements-dev.txt
+	$(NEWEST) -m venv --clear $(VENV)/newest
+	$(VENV)/newest/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+test-newest: $(VENV)/bin/python  ## contract suite and doctests on the machine's newest Python
+	@newest=$$(.ci/newest_python $(PY)) && if [ -z "$$newest" ]; then \
+	  echo "test-newest: skipped, no Python newer than that of $(VENV) is on this machine"; \
+	else \
+	  $(MAKE) --no-print-directory $(VENV)/newest/dev.stamp NEWEST="$$newest" && \
+	  $(VENV)/newest/bin/python -m pytest -n 2 -m 'not slow' --doctest-modules --doctest-glob='*.md' sam_jax input_pipelines models training tasks docs tests/sam_jax/test_contract.py; \
+	fi
 
 test-slow: $(VENV)/dev.stamp  ## the tests marked slow
 	$(PY) -m pytest -n 2 -m slow tests

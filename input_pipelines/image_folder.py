@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from input_pipelines import batching, sources, trees
+from input_pipelines import bars, batching, sources, trees
 from input_pipelines.errors import DataError
 from input_pipelines.labelled_arrays import LabelledArrays
 
@@ -100,11 +100,14 @@ def read(
     listing = [(name, read is not None) for name, read in tree]
   places = _places(path, listing, classes)
   images = {place: [] for place in places.values()}
-  with trees.entries(path) as tree, _bar(len(places), path.name) as bar:
+  with (
+    trees.entries(path) as tree,
+    bars.counted(len(places), path.name, 'images') as done,
+  ):
     for name, read in tree:
       if name in places:
         images[places[name]].append(_decode(path, name, read(), size))
-        bar.update()
+        done()
   classes = tuple(classes or sorted({label for _, label in images}))
   parts = {}
   for part in sorted({part for part, _ in images}):
@@ -265,10 +268,3 @@ def _eight_bits(image):
   if image.mode in ('I', 'F'):
     raise ValueError('32 bits a pixel, of no known range')
   return image
-
-
-def _bar(total: int, name: str):
-  """Shows how many images have been read, on a terminal."""
-  import tqdm  # Nobody else needs it.
-
-  return tqdm.tqdm(total=total, desc=name, unit=' images', disable=None, leave=False)

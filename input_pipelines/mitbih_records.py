@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from input_pipelines import trees
+from input_pipelines import bars, trees
 from input_pipelines.errors import DataError
 
 CLASSES = ('N', 'S', 'V', 'F', 'Q')
@@ -47,10 +47,12 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
   with tempfile.TemporaryDirectory() as folder:
     names = _copy(path, pathlib.Path(folder))
     beats = []
-    for name in _bar(names, path.name):
-      inputs, labels = _record_beats(path, pathlib.Path(folder) / name)
-      number = int(name) if name.isdecimal() else -1
-      beats.append((inputs, labels, np.full(len(labels), number)))
+    with bars.counted(len(names), path.name, 'records') as done:
+      for name in names:
+        inputs, labels = _record_beats(path, pathlib.Path(folder) / name)
+        number = int(name) if name.isdecimal() else -1
+        beats.append((inputs, labels, np.full(len(labels), number)))
+        done()
   inputs, labels, records = map(np.concatenate, zip(*beats, strict=True))
   return {'inputs': inputs, 'labels': labels, 'records': records}
 
@@ -160,10 +162,3 @@ def _resample(signal: np.ndarray, frequency: float) -> np.ndarray:
   up, down = _FREQUENCY, round(frequency)
   # The ends of the filter see the signal go on, not drop to zero.
   return filters.resample_poly(signal.astype(np.float64), up, down, padtype='line')
-
-
-def _bar(names: list[str], title: str):
-  """Shows how many records have been read, on a terminal."""
-  import tqdm  # Nobody else needs it.
-
-  return tqdm.tqdm(names, desc=title, unit=' records', disable=None, leave=False)

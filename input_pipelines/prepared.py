@@ -6,6 +6,7 @@ import json
 import pathlib
 from collections.abc import Iterator
 
+import array_record  # noqa: F401  TFDS imports it only when it writes or reads.
 import tensorflow_datasets as tfds
 from absl import logging
 

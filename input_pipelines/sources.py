@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from input_pipelines import bars
 from input_pipelines.errors import DataError
 
 _VERSION = '1.0.0'
@@ -51,7 +52,9 @@ def load(source: Source, *, data_dir: str = '', manual_dir: str = '') -> Any:
 
   In order: the set prepared in `data_dir`; the publisher's files in `manual_dir`; a
   download. Files in `manual_dir` that differ from those the prepared set was made from
-  take its place, once they have been found to be whole. An npz file is read as it is.
+  take its place, once they have been found to be whole. An npz file is read as it is,
+  and so is every file where tensorflow-datasets or array_record is not installed: then
+  nothing is prepared, and a download is kept in `manual_dir`.
 
   Args:
     source: what to look for.
@@ -59,25 +62,30 @@ def load(source: Source, *, data_dir: str = '', manual_dir: str = '') -> Any:
     manual_dir: folder with the files; by default `downloads/manual` in `data_dir`.
 
   Returns:
-    The data, as `source.builder` reads them.
+    The data, as `source.builder` reads them, or `source.parse`.
 
   Raises:
-    DataError: there is no source, or the data are damaged.
+    DataError: there is no source, the data are damaged, or they are there only as a
+      prepared set and the packages that read it are not installed.
   """
   root, manual = _folders(data_dir, manual_dir)
-  builder = _Lazy(source.builder)
+  builder = _Builder(source.builder)
   prepared = root / source.builder.rpartition('.')[2].removesuffix('_builder')
   prepared = prepared / source.name / _VERSION
   paths = _present(source, manual)
   if paths and paths[0].suffix == '.npz':
     return source.parse(*paths)
+  if not paths and not prepared.exists():
+    with _download(source, root, manual) as path:
+      if builder.usable():
+        return _prepare(source, [path], _digest([path]), builder, prepared)
+      return _keep(source, path, manual)
   if paths:
+    if not builder.usable():
+      return source.parse(*paths)
     digest = _digest(paths)
     if _prepared_digest(builder, prepared) != digest:
       return _prepare(source, paths, digest, builder, prepared)
-  elif not prepared.exists():
-    with _download(source, root, manual) as path:
-      return _prepare(source, [path], _digest([path]), builder, prepared)
   return _read(builder, prepared)
 
 
@@ -140,23 +148,46 @@ def _tree_digest(folder: pathlib.Path) -> str:
   return digest.hexdigest()
 
 
-class _Lazy:
+class _Builder:
   """A builder module, imported when it is needed: TFDS is slow to import."""
 
   def __init__(self, name: str):
     self._name = name
 
+  def usable(self) -> bool:
+    """Tells whether the packages are installed that write and read prepared sets."""
+    try:
+      importlib.import_module(self._name)
+    except ModuleNotFoundError:
+      return False
+    return True
+
   def __call__(self) -> types.ModuleType:
     try:
       return importlib.import_module(self._name)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
       raise DataError(
-        f'preparing a data set needs the package {error.name}: install the '
-        'requirements with pip install -r requirements.txt.'
+        f'reading a prepared data set needs the package {error.name}: install the '
+        'requirements with pip install -r requirements.txt, or put the files of the '
+        'set into the folder that --manual_dir names.'
       ) from error
 
 
-def _prepared_digest(builder: _Lazy, prepared: pathlib.Path) -> str | None:
+def _keep(source: Source, path: pathlib.Path, manual_dir: pathlib.Path) -> Any:
+  """Reads a download and, once it has proved whole, keeps it in `manual_dir`."""
+  data = source.parse(path)
+  try:
+    manual_dir.mkdir(parents=True, exist_ok=True)
+    shutil.move(path, manual_dir / path.name)
+  except OSError as error:
+    raise DataError(
+      f'{manual_dir} cannot be written ({error.strerror}): give another folder with '
+      '--manual_dir.'
+    ) from error
+  return data
+
+
+def _prepared_digest(builder: _Builder, prepared: pathlib.Path) -> str | None:
   """Returns the digest a prepared set was made from, None if there is no set."""
   if not prepared.exists():
     return None
@@ -166,7 +197,7 @@ def _prepared_digest(builder: _Lazy, prepared: pathlib.Path) -> str | None:
     return None  # Damaged; files at hand take its place.
 
 
-def _read(builder: _Lazy, prepared: pathlib.Path) -> Any:
+def _read(builder: _Builder, prepared: pathlib.Path) -> Any:
   """Reads a prepared set."""
   module = builder()
   try:
@@ -183,7 +214,7 @@ def _prepare(
   source: Source,
   paths: Sequence[pathlib.Path],
   digest: str,
-  builder: _Lazy,
+  builder: _Builder,
   prepared: pathlib.Path,
 ) -> Any:
   """Validates files, prepares the set from them, and reads the set.
@@ -225,7 +256,7 @@ def _download(
     try:
       with (
         urllib.request.urlopen(source.url, timeout=_ANSWER_SECONDS) as response,
-        _bar(response, path.name) as visible,
+        bars.reading(response, _length(response), path.name) as visible,
         path.open('wb') as file,
       ):
         shutil.copyfileobj(visible, file)
@@ -241,14 +272,9 @@ def _download(
     yield path
 
 
-def _bar(response: Any, name: str) -> Any:
-  """Shows how much of a download has come, on a terminal."""
-  import tqdm  # Nobody else needs it.
-
-  total = int(response.headers.get('Content-Length', 0)) or None
-  return tqdm.tqdm.wrapattr(
-    response, 'read', total=total, desc=name, disable=None, leave=False
-  )
+def _length(response: Any) -> int | None:
+  """Returns how many bytes an answer has, None if the publisher does not say."""
+  return int(response.headers.get('Content-Length', 0)) or None
 
 
 def _answers(url: str) -> bool:

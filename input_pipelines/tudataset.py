@@ -99,8 +99,13 @@ def _concatenate(
 
 
 def _graphs_tuple(graphs: tudataset_archive.TUGraphs, features: np.ndarray) -> Any:
-  import jraph  # Imports jax, which a refused data set need not wait for.
-
+  try:
+    import jraph  # Imports jax, which a refused data set need not wait for.
+  except ModuleNotFoundError as error:
+    raise DataError(
+      f'sets of graphs need the package {error.name}: install the requirements with '
+      'pip install -r requirements.txt.'
+    ) from error
   return jraph.GraphsTuple(
     nodes=features,
     edges=_concatenate(graphs.edge_labels, graphs.edge_attributes),

@@ -4,14 +4,19 @@ Its layer is that of Morris et al., "Weisfeiler and Leman Go Neural: Higher-orde
 Graph Neural Networks", 2019, arXiv:1810.02244.
 """
 
+from __future__ import annotations
+
+import typing
 from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import jraph
 
 from models.initializers import uniform
+
+if typing.TYPE_CHECKING:
+  import jraph  # The networks run without it, on any tuple with its fields.
 
 
 def _dense(x: jax.Array, features: int) -> jax.Array:
@@ -77,6 +82,7 @@ class GCN(nn.Module):
     hidden_features: width of the first dense layer.
     dropout_rate: dropout before each dense layer.
 
+  >>> import jraph
   >>> import numpy as np
   >>> graphs = jraph.GraphsTuple(  # Two joined nodes, and a third for padding.
   ...     nodes=np.ones((3, 14), np.float32), edges=None, globals=None,

@@ -4,12 +4,18 @@ Attention over each node's neighbours, as in Dwivedi and Bresson, "A Generalizat
 Transformer Networks to Graphs", 2020, arXiv:2012.09699, with layer normalization.
 """
 
+from __future__ import annotations
+
+import typing
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import jraph
 
 from models.gcn import graph_mean, incoming
+
+if typing.TYPE_CHECKING:
+  import jraph  # The networks run without it, on any tuple with its fields.
 
 
 class NeighbourAttention(nn.Module):
@@ -62,6 +68,7 @@ class GraphTransformer(nn.Module):
     num_layers: number of layers.
     dropout_rate: dropout of both halves of a layer, and before the head.
 
+  >>> import jraph
   >>> import numpy as np
   >>> graphs = jraph.GraphsTuple(  # Two joined nodes, and a third for padding.
   ...     nodes=np.ones((3, 14), np.float32), edges=np.ones((2, 3), np.float32),

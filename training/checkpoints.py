@@ -9,17 +9,21 @@ import logging
 import os
 import pathlib
 import shutil
+import types
 import warnings
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from training.config import write_json
 from training.errors import TrainingDiverged, UsageError
-from training.problem import Problem
-from training.step import TrainState
+
+if TYPE_CHECKING:
+  import orbax.checkpoint as ocp
+
+  from training.problem import Problem
+  from training.step import TrainState
 
 FOLDER = 'checkpoints'
 _DAMAGED = 'damaged_checkpoints'
@@ -46,10 +50,13 @@ class Checkpoints:
     self._folder = (workdir / FOLDER).absolute()
     self._keep = keep or None
     self._folder.mkdir(exist_ok=True)
-    self._manager = self._open()
+    self._manager = None
 
-  def _open(self) -> ocp.CheckpointManager:
-    _quiet_orbax()
+  def _orbax(self) -> ocp.CheckpointManager:
+    """Orbax's manager of the folder, which is slow to import and opened when needed."""
+    if self._manager is not None:
+      return self._manager
+    ocp = _import_orbax()
     only_me = ocp.options.MultiprocessingOptions(
       primary_host=jax.process_index(), active_processes={jax.process_index()}
     )
@@ -60,7 +67,8 @@ class Checkpoints:
       cleanup_tmp_directories=True,
       multiprocessing_options=only_me,
     )
-    return ocp.CheckpointManager(self._folder, options=options)
+    self._manager = ocp.CheckpointManager(self._folder, options=options)
+    return self._manager
 
   def save(self, state: TrainState, position: dict[str, Any]) -> None:
     """Stores a state at its step, whole or not at all.
@@ -76,7 +84,8 @@ class Checkpoints:
           f'the parameter {name[len("params/") :]} is not finite after step {step}: '
           'the last good checkpoint is kept; try a lower --learning_rate or --rho.'
         )
-    self._manager.save(
+    ocp = _import_orbax()
+    self._orbax().save(
       step,
       args=ocp.args.Composite(
         state=ocp.args.PyTreeSave(_nest(arrays)),
@@ -87,32 +96,50 @@ class Checkpoints:
     write_json(folder / _DIGESTS, _digests(folder))
 
   def restore_newest(self) -> Checkpoint | None:
-    """The newest undamaged checkpoint; damaged ones are moved away with a warning."""
-    while self._steps():
-      step = self._steps()[-1]
-      try:
-        return _read(self._manager, self._folder, step)
-      except Exception as error:  # whatever the damage leads to
-        shelf = self._folder.parent / _DAMAGED
-        shelf.mkdir(exist_ok=True)
-        shutil.rmtree(shelf / str(step), ignore_errors=True)
-        shutil.move(self._folder / str(step), shelf / str(step))
-        warnings.warn(
-          f'the checkpoint of step {step} in {self._folder} is damaged '
-          f'({_brief(error)}): it is moved to {shelf.name}/, and the run continues '
-          'from the one before.',
-          stacklevel=2,
-        )
-        self._manager.close()
-        self._manager = self._open()
-    return None
+    """Reads the newest checkpoint that is not damaged, None if there is none at all.
 
-  def _steps(self) -> list[int]:
-    return sorted(self._manager.all_steps())
+    Damaged ones that are newer are moved out of the way, with a warning.
+
+    Raises:
+      UsageError: there are checkpoints, and every one is damaged; nothing is moved.
+    """
+    found = steps(self._folder.parent)
+    if not found:
+      return None
+    damages = {}
+    for step in reversed(found):
+      try:
+        _verify(self._folder / str(step))
+      except _Damage as damage:
+        damages[step] = damage
+        continue
+      self._set_aside(damages)
+      return _read(self._orbax(), self._folder, step)
+    raise UsageError(
+      f'{_all_damaged(self._folder, damages)}: the metrics of the run are kept; put '
+      'the checkpoints back from a copy, or train again into another --workdir.'
+    )
+
+  def _set_aside(self, damages: dict[int, _Damage]) -> None:
+    """Moves damaged checkpoints out of the folder, so that their steps are free."""
+    shelf = self._folder.parent / _DAMAGED
+    for step, damage in damages.items():
+      shelf.mkdir(exist_ok=True)
+      shutil.rmtree(shelf / str(step), ignore_errors=True)
+      shutil.move(self._folder / str(step), shelf / str(step))
+      warnings.warn(
+        f'the checkpoint of step {step} in {self._folder} is damaged ({damage}): it '
+        f'is moved to {shelf.name}/, and the run continues from the one before.',
+        stacklevel=3,
+      )
+    if damages:
+      self.close()  # orbax lists the folder only when it opens it
 
   def close(self) -> None:
     """Releases orbax's threads."""
-    self._manager.close()
+    if self._manager is not None:
+      self._manager.close()
+      self._manager = None
 
 
 def steps(workdir: pathlib.Path) -> list[int]:
@@ -124,10 +151,14 @@ def steps(workdir: pathlib.Path) -> list[int]:
 
 
 def load(workdir: pathlib.Path, step: int | None = None) -> Checkpoint:
-  """Reads a checkpoint of a run, None the newest undamaged one; changes nothing.
+  """Reads a checkpoint of a run; changes nothing.
+
+  Args:
+    workdir: the run's folder.
+    step: which one; None reads the newest that is not damaged.
 
   Raises:
-    UsageError: there is none.
+    UsageError: there is none, or each that could be read is damaged.
   """
   found = steps(workdir)
   if not found:
@@ -140,21 +171,30 @@ def load(workdir: pathlib.Path, step: int | None = None) -> Checkpoint:
       f'{", ".join(map(str, found))}; train.py --keep_checkpoints=0 keeps them all.'
     )
   folder = (workdir / FOLDER).absolute()
-  _quiet_orbax()
-  options = ocp.CheckpointManagerOptions(read_only=True)
+  damages = {}
   for number in reversed(found) if step is None else [step]:
+    try:
+      _verify(folder / str(number))
+    except _Damage as damage:
+      damages[number] = damage
+      continue
+    for skipped, damage in damages.items():
+      warnings.warn(
+        f'the checkpoint of step {skipped} in {folder} is damaged ({damage}): the one '
+        f'of step {number} is read.',
+        stacklevel=2,
+      )
+    ocp = _import_orbax()
+    options = ocp.CheckpointManagerOptions(read_only=True)
     with contextlib.closing(ocp.CheckpointManager(folder, options=options)) as manager:
-      try:
-        return _read(manager, folder, number)
-      except Exception as error:  # as above
-        warnings.warn(
-          f'the checkpoint of step {number} in {folder} is damaged '
-          f'({_brief(error)}): the one before is read.',
-          stacklevel=2,
-        )
-  which = 'every checkpoint' if step is None else f'the checkpoint of step {step}'
+      return _read(manager, folder, number)
+  which = (
+    _all_damaged(folder, damages)
+    if step is None
+    else f'the checkpoint of step {step} in {folder} is damaged ({damages[step]})'
+  )
   raise UsageError(
-    f'{which} in {folder} is damaged: train again into another --workdir.'
+    f'{which}: put it back from a copy, or train again into another --workdir.'
   )
 
 
@@ -250,17 +290,40 @@ def select(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
   }
 
 
+class _Damage(Exception):
+  """Which file of a checkpoint is not what was written."""
+
+
+def _all_damaged(folder: pathlib.Path, damages: dict[int, _Damage]) -> str:
+  """The first half of a sentence."""
+  list_of_steps = '; '.join(f'step {step}: {damages[step]}' for step in damages)
+  return f'every checkpoint in {folder} is damaged ({list_of_steps})'
+
+
 def _read(
   manager: ocp.CheckpointManager, folder: pathlib.Path, step: int
 ) -> Checkpoint:
-  """Verifies and reads one checkpoint."""
-  _verify(folder / str(step))
-  restored = manager.restore(
-    step,
-    args=ocp.args.Composite(
-      state=ocp.args.PyTreeRestore(), position=ocp.args.JsonRestore()
-    ),
-  )
+  """Reads a checkpoint that has been verified; whatever orbax raises is no damage.
+
+  Without digests nobody can tell damage from a full disk, a missing permission or too
+  little memory: then too the error is shown as it is, and says what can be done.
+  """
+  ocp = _import_orbax()
+  try:
+    restored = manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.PyTreeRestore(), position=ocp.args.JsonRestore()
+      ),
+    )
+  except Exception as error:
+    if not (folder / str(step) / _DIGESTS).exists():
+      error.add_note(
+        f'The checkpoint {folder / str(step)} has no {_DIGESTS}, so that its files '
+        'cannot be verified: the run was killed while it saved. If it cannot be read '
+        'for that reason, move it away, and the one before is read.'
+      )
+    raise
   arrays = {
     jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(leaf)
     for path, leaf in jax.tree_util.tree_flatten_with_path(restored.state)[0]
@@ -273,25 +336,37 @@ def _verify(folder: pathlib.Path) -> None:
 
   A run killed between orbax's last rename and ours leaves a whole checkpoint without
   digests; it is accepted.
+
+  Raises:
+    _Damage: a file is changed or missing, or the digests themselves are no digests.
+    OSError: a file cannot be read, whatever it holds.
   """
   path = folder / _DIGESTS
   if not path.exists():
     return
-  written, found = json.loads(path.read_text()), _digests(folder)
-  for name in written:
-    if found.get(name) != written[name]:
-      raise ValueError(f'{name} is {"changed" if name in found else "missing"}')
+  try:
+    written = dict(json.loads(path.read_bytes()))
+  except (ValueError, TypeError):
+    raise _Damage(f'{_DIGESTS} is changed') from None
+  for name, digest in written.items():
+    if not (folder / name).is_file():
+      raise _Damage(f'{name} is missing')
+    if _digest(folder / name) != digest:
+      raise _Damage(f'{name} is changed')
 
 
 def _digests(folder: pathlib.Path) -> dict[str, str]:
   """The digest of every file of a checkpoint but that of the digests."""
-  found = {}
-  for path in sorted(folder.rglob('*')):
-    if path.is_file() and path.name != _DIGESTS:
-      with path.open('rb') as file:
-        digest = hashlib.file_digest(file, 'blake2b').hexdigest()
-      found[path.relative_to(folder).as_posix()] = digest
-  return found
+  return {
+    path.relative_to(folder).as_posix(): _digest(path)
+    for path in sorted(folder.rglob('*'))
+    if path.is_file() and path.name != _DIGESTS
+  }
+
+
+def _digest(path: pathlib.Path) -> str:
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'blake2b').hexdigest()
 
 
 def _nest(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -310,11 +385,9 @@ def _is_key(leaf: Any) -> bool:
   return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _brief(error: Exception) -> str:
-  lines = str(error).splitlines() or [type(error).__name__]
-  return lines[0][:120]
+def _import_orbax() -> types.ModuleType:
+  """Imports orbax, which is slow, and silences its log: what matters is raised."""
+  import orbax.checkpoint as ocp
 
-
-def _quiet_orbax() -> None:
-  """Silences orbax's own log lines; what matters is raised."""
   logging.getLogger('absl').setLevel(logging.CRITICAL)
+  return ocp

@@ -14,7 +14,7 @@ import jaxlib
 _YNN_FLAG = '--xla_cpu_experimental_ynn_fusion_type'
 _YNN_SETTING = f'{_YNN_FLAG}=LIBRARY_FUSION_TYPE_REDUCE'
 # XLA aborts the process at a flag it does not know; these releases know this one.
-_YNN_RELEASES = ((0, 10), (0, 11))
+_YNN_RELEASES = ((0, 10), (0, 11), (0, 12))
 
 
 def use_all_cores() -> None:

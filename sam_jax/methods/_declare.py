@@ -168,9 +168,9 @@ class Hyperparameter:
     if self.kind == 'str' and isinstance(value, str):
       return value
     if self.kind == 'bool':
-      value = _BOOLS.get(value.lower()) if isinstance(value, str) else value
-      if isinstance(value, bool):
-        return value
+      truth = _BOOLS.get(value.lower()) if isinstance(value, str) else value
+      if isinstance(truth, bool):
+        return truth
     if self.kind in ('float', 'int') and not isinstance(value, bool):
       try:
         number = float(value)
@@ -208,7 +208,7 @@ def method(
   ``steps_per_epoch``, in updates; ``axis_name``, of the mapped axis; ``key``, a seed.
 
   Args:
-    one_gradient: see `Traits`, as for the others.
+    one_gradient: whether it takes one gradient an update, at `sam_jax.gradient_point`.
     chooses_examples: whether its gradient function takes the indices of examples.
     period: name of the argument that is its period in updates.
     needs_momentum: whether the base optimizer must have a momentum buffer.
@@ -299,7 +299,8 @@ def _read(hint: Any, default: Any) -> dict[str, Any] | None:
   """Kind, default, bounds and choices of an argument; None if it is not for users."""
   metadata = getattr(hint, '__metadata__', ())
   for choices in (x for x in metadata if isinstance(x, Choices)):
-    (word,) = (w for w, value in choices.values.items() if value is default)
+    same = lambda value: type(value) is type(default) and value == default
+    (word,) = (w for w, value in choices.values.items() if same(value))
     return {'kind': 'str', 'default': word, 'choices': choices.values}
   plain = hint.__origin__ if metadata else hint
   members = _members(plain)
@@ -376,6 +377,9 @@ def find() -> dict[str, Callable]:
 
   Returns:
     From the name of each function to the function.
+
+  Raises:
+    ValueError: two files declare methods of one name.
 
   >>> import sam_jax
   >>> sam_jax.methods.find()['gsam'] is sam_jax.gsam

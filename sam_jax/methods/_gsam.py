@@ -88,9 +88,11 @@ def _tied_rho(rho, rho_min, learning_rate, total_steps) -> optax.Schedule:
     )
   ascent.check_rho(rho)
   ascent.check_positive(total_steps=total_steps)
-  rates = jax.vmap(learning_rate)(jnp.arange(total_steps))
-  low, high = rates.min(), rates.max()
-  if not isinstance(rates, jax.core.Tracer):
+  # Evaluated at once also inside jit, unless the schedule itself is traced.
+  with jax.ensure_compile_time_eval():
+    rates = jax.vmap(learning_rate)(jnp.arange(total_steps))
+    low, high = rates.min(), rates.max()
+  if not isinstance(low, jax.core.Tracer):
     low, high = float(low), float(high)
   return gsam_rho(
     learning_rate,
@@ -140,15 +142,14 @@ def gsam_rho(
   """
   ascent.check_rho(rho_min, 'rho_min')
   ascent.check_rho(rho_max, 'rho_max')
-  numbers = (int, float)
   for name, low, high in (
     ('learning_rate', learning_rate_min, learning_rate_max),
     ('rho', rho_min, rho_max),
   ):
-    if isinstance(low, numbers) and isinstance(high, numbers) and high < low:
+    if not isinstance(high - low, jax.Array) and high < low:
       raise ValueError(f'{name}_max must be at least {name}_min, got {high} < {low}.')
   span = learning_rate_max - learning_rate_min
-  if isinstance(span, numbers):
+  if not isinstance(span, jax.Array):
     if span == 0:
       return optax.constant_schedule(rho_max)
     slope = (rho_max - rho_min) / span

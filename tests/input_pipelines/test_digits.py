@@ -1,9 +1,14 @@
 """The embedded digits."""
 
+import pathlib
+import subprocess
+import sys
+
 import numpy as np
+import pytest
 from sklearn import datasets
 
-from input_pipelines import digits
+from input_pipelines import DataError, digits
 
 
 def _everything(split):
@@ -32,3 +37,32 @@ def test_the_seed_makes_the_split():
   )
   np.testing.assert_array_equal(first, again)
   assert (first != other).any()
+
+
+def test_scikit_learn_is_not_imported_for_its_file():
+  """It takes longer than everything else that a run imports."""
+  program = """
+import sys
+from input_pipelines import digits
+digits.load()
+print('sklearn' in sys.modules)
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', program], capture_output=True, text=True, check=True
+  )
+  assert done.stdout.strip() == 'False'
+
+
+def test_where_scikit_learn_keeps_its_file_elsewhere_it_is_asked(monkeypatch):
+  expected = digits.load(seed=1)
+  monkeypatch.setattr(pathlib.Path, 'exists', lambda path: False)
+  found = digits.load(seed=1)
+  for split, other in zip(found[:2], expected[:2], strict=True):
+    for name, array in _everything(split).items():
+      np.testing.assert_array_equal(array, _everything(other)[name])
+
+
+def test_without_scikit_learn_its_name_is_said(hide):
+  hide('sklearn')
+  with pytest.raises(DataError, match='package scikit-learn'):
+    digits.load()

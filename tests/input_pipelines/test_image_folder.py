@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+import shutil
 import tarfile
 import zipfile
 
@@ -53,6 +54,21 @@ def _write(path: pathlib.Path, files: dict[str, bytes | None]) -> pathlib.Path:
       if content is not None:
         place.write_bytes(content)
   return path
+
+
+def test_without_tfds_images_are_read_as_they_would_be_prepared(tmp_path, hide):
+  _write(tmp_path / 'pets.tar.gz', SPLIT)
+  folders = {'data_dir': str(tmp_path / 'data'), 'manual_dir': str(tmp_path)}
+  prepared = image_folder.load('pets', **folders)
+  shutil.rmtree(tmp_path / 'data')
+  hide('tensorflow_datasets', 'array_record', 'tqdm')
+  direct = image_folder.load('pets', **folders)
+  assert not (tmp_path / 'data').exists()
+  assert direct[2] == prepared[2] == ('cat', 'dog')
+  for read, expected in zip(direct[:2], prepared[:2], strict=True):
+    for name, array in expected.arrays.items():
+      assert read.arrays[name].dtype == array.dtype
+      np.testing.assert_array_equal(read.arrays[name], array)
 
 
 def _rows(part):

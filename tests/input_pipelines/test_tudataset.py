@@ -3,6 +3,7 @@
 import functools
 import http.server
 import pathlib
+import shutil
 import socket
 import threading
 import time
@@ -331,6 +332,53 @@ def test_the_publisher_is_the_last_source(publisher, tmp_path):
   assert tudataset.load('TOY', **arguments)[3] == 5
   with pytest.raises(DataError, match=r'no .*/MISSING\.zip \(HTTP 404\)'):
     tudataset.load('MISSING', **arguments)
+
+
+@pytest.mark.parametrize('package', ['tensorflow_datasets', 'array_record'])
+def test_without_tfds_an_archive_is_read_as_it_would_be_prepared(
+  load, tmp_path, hide, package
+):
+  _write(tmp_path / 'manual')
+  prepared = load()
+  shutil.rmtree(tmp_path / 'data')
+  hide(package)
+  direct = load()
+  assert not (tmp_path / 'data').exists()
+  assert direct[2:] == prepared[2:]
+  for read, expected in zip(direct[:2], prepared[:2], strict=True):
+    assert _graphs(read) == _graphs(expected)
+
+
+def test_without_tfds_a_download_is_kept(publisher, tmp_path, hide):
+  _write(publisher)
+  hide('tensorflow_datasets', 'tqdm')
+  manual = tmp_path / 'manual'
+  arguments = {'data_dir': str(tmp_path / 'data'), 'manual_dir': str(manual)}
+  assert tudataset.load('TOY', **arguments)[3] == 5
+  assert (manual / 'TOY.zip').read_bytes() == (publisher / 'TOY.zip').read_bytes()
+  (publisher / 'TOY.zip').unlink()
+  assert tudataset.load('TOY', **arguments)[3] == 5
+  (publisher / 'BAD.zip').write_bytes(b'')
+  with pytest.raises(DataError):
+    tudataset.load('BAD', **arguments)
+  (tmp_path / 'file').touch()
+  with pytest.raises(DataError, match='file cannot be written .* --manual_dir'):
+    _write(publisher)
+    tudataset.load('TOY', **{**arguments, 'manual_dir': str(tmp_path / 'file')})
+  assert [path.name for path in manual.iterdir()] == ['TOY.zip']
+
+
+def test_packages_that_are_needed_are_named(load, tmp_path, hide):
+  archive = _write(tmp_path / 'manual')
+  load()
+  archive.unlink()
+  hide('tensorflow_datasets')
+  with pytest.raises(DataError, match='package tensorflow_datasets: .* --manual_dir'):
+    load()
+  _write(tmp_path / 'manual')
+  hide('jraph')
+  with pytest.raises(DataError, match='package jraph: install'):
+    load()
 
 
 def test_folders_default_to_those_of_tfds(monkeypatch, tmp_path):

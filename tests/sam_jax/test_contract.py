@@ -1,4 +1,4 @@
-"""The optimizer contract, over every method: a new method is tested by adding a line.
+"""The optimizer contract, over every method: a new method's file is found and tested.
 
 One small regression network (a weight matrix, a bias, an output layer) serves all; each
 method's step is compiled once per dtype and shared by the checks.
@@ -6,6 +6,7 @@ method's step is compiled once per dtype and shared by the checks.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 
 import jax
@@ -48,42 +49,49 @@ class Case:
 
 def keyword(method, **options):
   """A maker that hands rho, the axis and some options to a method."""
-  return lambda rho, axis_name=None: method(rho, axis_name=axis_name, **options)
+  return lambda rho, axis_name=None: method(rho=rho, axis_name=axis_name, **options)
 
 
-CASES = [
-  Case('sam', sam_jax.sam),
+# What a method is called with here, and what the checks have to know of it, where a
+# new method needs nothing: its gradient may be plain, and it draws no random numbers
+# unless it takes a key.
+_OPTIONS = {
+  'looksam': {'every': 2},
+  'graphsam': {'gamma': 1.0},
+  'frob_sam': {'antithetic': True},
+}
+_NEEDS_VALUE = ('trace_sam', 'frob_sam', 'det_sam')
+_LOOP = {'learning_rate': 0.1, 'steps_per_epoch': 2}
+
+
+def declared_case(name, method):
+  """The case of a method, from its traits and its signature."""
+  wanted = inspect.signature(method).parameters
+  options = _OPTIONS.get(name, {}) | {
+    key: value
+    for key, value in _LOOP.items()
+    if key in wanted and wanted[key].default is inspect.Parameter.empty
+  }
+  traits = method.traits
+
+  def wrapping(base, rho, axis_name=None):
+    return method(base, rho=rho, axis_name=axis_name, **options)
+
+  return Case(
+    name,
+    wrapping if traits.wraps_base else keyword(method, **options),
+    arguments='indices' if traits.chooses_examples else '',
+    needs_value=name in _NEEDS_VALUE,
+    needs_function=not traits.one_gradient or traits.period is not None,
+    wraps_base=traits.wraps_base,
+    sampled='key' in wanted,
+  )
+
+
+# Methods with other options, and wrappers of a method.
+VARIANTS = [
   Case('sam_two_ascent_steps', keyword(sam_jax.sam, num_ascent_steps=2)),
-  Case('asam', sam_jax.asam),
   Case('asam_every_parameter', keyword(sam_jax.asam, eta=0.0, weights=True)),
-  Case('usam', sam_jax.usam),
-  Case('gsam', sam_jax.gsam),
-  Case('wsam', sam_jax.wsam),
-  Case(
-    'decoupled_wsam',
-    lambda base, rho, axis_name=None: sam_jax.decoupled_wsam(
-      base, 0.1, rho, axis_name=axis_name
-    ),
-    wraps_base=True,
-  ),
-  Case('looksam', keyword(sam_jax.looksam, every=2)),
-  Case('friendly_sam', sam_jax.friendly_sam),
-  Case(
-    'msam',
-    lambda base, rho, axis_name=None: sam_jax.msam(base, rho, axis_name=axis_name),
-    wraps_base=True,
-    needs_function=False,
-  ),
-  Case('esam', sam_jax.esam, arguments='indices', sampled=True),
-  Case('graphsam', keyword(sam_jax.graphsam, steps_per_epoch=2, gamma=1.0)),
-  Case('trace_sam', sam_jax.trace_sam, needs_value=True, sampled=True),
-  Case(
-    'frob_sam',
-    keyword(sam_jax.frob_sam, antithetic=True),
-    needs_value=True,
-    sampled=True,
-  ),
-  Case('det_sam', sam_jax.det_sam, needs_value=True, sampled=True),
   Case(
     'periodic',
     lambda rho, axis_name=None: sam_jax.periodic(
@@ -107,18 +115,26 @@ CASES = [
     off_tolerance=1e-6,
   ),
 ]
+CASES = [declared_case(*item) for item in sam_jax.methods.find().items()] + VARIANTS
 
 # Instances of what others show already; they run with the slow tests.
 _SLOW = ('frob_sam', 'det_sam', 'm_sharpness_of_looksam')
-each_method = pytest.mark.parametrize(
-  'case',
-  [
-    pytest.param(
-      case, id=case.name, marks=[pytest.mark.slow] if case.name in _SLOW else []
-    )
-    for case in CASES
-  ],
-)
+
+
+def over(cases):
+  """Parametrizes a test over cases."""
+  return pytest.mark.parametrize(
+    'case',
+    [
+      pytest.param(
+        case, id=case.name, marks=[pytest.mark.slow] if case.name in _SLOW else []
+      )
+      for case in cases
+    ],
+  )
+
+
+each_method = over(CASES)
 
 
 def init_params(dtype=jnp.float32):
@@ -319,9 +335,12 @@ def test_python_zero_is_the_base_optimizer(case):
   assert_trees_equal(params, expected, rtol=tolerance, atol=tolerance)
 
 
-@each_method
+@over(VARIANTS)
 def test_traced_rho_selects_and_vmaps(case):
-  """vmap over rho equals one compiled step a value; rho = 0 returns the updates."""
+  """vmap over rho equals one compiled step a value; rho = 0 returns the updates.
+
+  For the methods themselves test_population.py asks for more.
+  """
   params, batch = init_params(), example_batch()
   grads = jax.grad(loss_fn)(params, batch)
 

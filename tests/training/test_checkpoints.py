@@ -1,15 +1,19 @@
 """Checkpoints: exact, and robust against damage."""
 
 import shutil
+import subprocess
+import sys
 import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
-from training import TrainingDiverged, UsageError, checkpoints
+import train
+from training import TrainingDiverged, UsageError, checkpoints, cli
 from training.step import TrainState
 
 
@@ -56,6 +60,15 @@ def test_what_is_restored_is_what_was_saved(saved):
     assert _equal(restored, _state(2))
     assert jax.random.key_data(restored.key).tolist() == [0, 7]
     assert newest.position == {'step': 2, 'means': {'loss': 0.1 + 2}}
+
+
+def _files(workdir):
+  """The content of every file of a run, but the lock of who writes it."""
+  return {
+    path.relative_to(workdir).as_posix(): path.read_bytes()
+    for path in workdir.rglob('*')
+    if path.is_file() and path.name != '.lock'
+  }
 
 
 def _damages(path):
@@ -105,20 +118,105 @@ def test_after_a_fall_back_the_number_is_free_and_the_damaged_files_are_kept(
   assert (workdir / 'damaged_checkpoints' / '2' / 'position').exists()
 
 
-def test_without_a_readable_checkpoint_a_run_starts_anew_and_a_reader_is_told(
+def test_when_every_checkpoint_is_damaged_nothing_moves_and_the_sentence_says_so(
   saved, tmp_path
 ):
   workdir = tmp_path / 'copy'
   shutil.copytree(saved, workdir)
   for step in '12':
     (workdir / 'checkpoints' / step / 'state' / 'manifest.ocdbt').write_bytes(b'')
-  with (
-    pytest.warns(UserWarning, match='is damaged'),
-    pytest.raises(UsageError, match='every checkpoint'),
-  ):
-    checkpoints.load(workdir)
-  with pytest.warns(UserWarning, match='is damaged'):
-    assert _restore(workdir) is None
+  before = _files(workdir)
+  damages = 'step 2: state/manifest.ocdbt is changed; step 1: state/manifest'
+  for read in (_restore, _restore, checkpoints.load):
+    with pytest.raises(UsageError, match=f'every checkpoint .*{damages}'):
+      read(workdir)
+  with pytest.raises(UsageError, match='the checkpoint of step 1 in .* is damaged'):
+    checkpoints.load(workdir, 1)
+  assert _files(workdir) == before
+
+
+def test_a_run_without_a_readable_checkpoint_stops_and_keeps_its_metrics(tmp_path):
+  workdir = tmp_path / 'run'
+  arguments = ['train.py', '--nocache', '--devices=1', f'--workdir={workdir}']
+  arguments += ['--batch_size=1000', '--epochs=1']
+  assert cli.run(train.main, arguments) == 0
+  (workdir / 'summary.json').unlink()  # as if the run had been killed before its end
+  for file in workdir.glob('checkpoints/*/position/metadata'):
+    file.write_bytes(b'{')
+  before = _files(workdir)
+  assert before['metrics.jsonl'].count(b'\n') >= 2
+  again = [sys.executable, train.__file__, *arguments[1:]]
+  done = subprocess.run(again, capture_output=True, text=True)
+  assert done.returncode == 2
+  assert 'every checkpoint' in done.stderr and done.stderr.count('\n') == 1
+  assert _files(workdir) == before
+
+
+@pytest.mark.parametrize('error', [MemoryError('no room'), OSError(5, 'I/O error')])
+def test_what_is_no_damage_is_raised_as_it_is_and_moves_nothing(
+  saved, tmp_path, monkeypatch, error
+):
+  workdir = tmp_path / 'copy'
+  shutil.copytree(saved, workdir)
+  before = _files(workdir)
+
+  def fail(*_, **__):
+    raise error
+
+  with monkeypatch.context() as patch:
+    patch.setattr(ocp.CheckpointManager, 'restore', fail)
+    for read in (_restore, checkpoints.load):
+      with pytest.raises(type(error)) as caught:
+        read(workdir)
+      assert caught.value is error and not hasattr(error, '__notes__')
+  # A disk that cannot be read is not a changed file either.
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints.hashlib, 'file_digest', fail)
+    for read in (_restore, checkpoints.load):
+      with pytest.raises(type(error)):
+        read(workdir)
+  assert _files(workdir) == before
+  assert _restore(workdir).position['step'] == 2
+
+
+def test_an_unreadable_checkpoint_without_digests_shows_its_error_and_the_mend(
+  saved, tmp_path
+):
+  """A power cut can leave one; nothing tells it from a disk that cannot be read."""
+  workdir = tmp_path / 'copy'
+  shutil.copytree(saved, workdir)
+  newest = workdir / 'checkpoints' / '2'
+  (newest / 'digests.json').unlink()
+  (newest / 'position' / 'metadata').write_bytes(b'{')
+  before = _files(workdir)
+  for read in (_restore, checkpoints.load):
+    with pytest.raises(ValueError) as caught:
+      read(workdir)
+    assert str(newest) in ''.join(caught.value.__notes__)
+  assert _files(workdir) == before
+
+
+def test_a_folder_without_checkpoints_needs_no_orbax(tmp_path):
+  """Importing it takes longer than the first steps of a small run."""
+  program = f"""
+import pathlib, sys
+from training import UsageError, checkpoints
+workdir = pathlib.Path({str(tmp_path)!r})
+store = checkpoints.Checkpoints(workdir)
+print(store.restore_newest(), checkpoints.steps(workdir))
+store.close()
+try:
+  checkpoints.load(workdir)
+except UsageError as error:
+  print(error)
+print(sorted(name for name in sys.modules if name.startswith('orbax')))
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', program], capture_output=True, text=True, check=True
+  )
+  lines = done.stdout.splitlines()
+  assert lines[0] == 'None []' and 'no checkpoint yet' in lines[1]
+  assert lines[2] == '[]'
 
 
 def test_a_folder_without_checkpoints(tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 
+import jax
 import numpy as np
 import pytest
 
@@ -195,7 +196,7 @@ def test_a_damaged_newest_checkpoint_costs_no_bit(whole, small, tmp_path):
 def test_a_number_that_is_none_stops_and_keeps_the_last_good(small, tmp_path):
   train = small.split(22)
   # An example of the third batch of the first epoch.
-  (example,) = train.batches(8, shards=(1,), seed=0).steps(0)[2][0, :1]
+  (example,) = train.batches(8, shards=(1,), seed=0).indices(0)[2][0, :1]
   train.arrays['inputs'][example] = np.nan
   config = dataclasses.replace(_CONFIG, checkpoint_every=1)
   with pytest.raises(TrainingDiverged, match='loss of step 3 is nan'):
@@ -239,3 +240,58 @@ def test_parameters_of_another_model_are_refused(whole, small, tmp_path):
   with pytest.raises(UsageError, match=r'init_from=.*0/kernel is float32\[5, 8\]'):
     _train(problem, tmp_path / 'run', config)
   assert not (tmp_path / 'run').exists()
+
+
+class _Norm:
+  """A hook: the sum of squares of the parameters."""
+
+  name = 'norm'
+
+  def __init__(self, every, log=None):
+    self._every, self._log = every, log
+
+  def due(self, step, steps_per_epoch):
+    return step % (self._every or steps_per_epoch) == 0
+
+  def __call__(self, params, batch_stats, step):
+    assert set(batch_stats['BatchNorm_0']) == {'mean', 'var'}
+    leaves = jax.tree.leaves(params)
+    return {'value': float(sum((np.asarray(x, float) ** 2).sum() for x in leaves))}
+
+
+@pytest.mark.parametrize(('every', 'steps'), [(2, [0, 2, 4, 6, 8]), (0, [0, 3, 6, 9])])
+def test_hooks_measure_the_network_of_their_step(every, steps, small, tmp_path):
+  hooks = [_Norm(every)]
+  loop.train(
+    _CONFIG, small.problem(), tmp_path, num_devices=2, timing=False, hooks=hooks
+  )
+  lines = [x for x in metrics.read(tmp_path) if x['split'] == 'norm']
+  assert [line['step'] for line in lines] == steps
+  epochs = [-(-step // 3) for step in steps]
+  assert [line['epoch'] for line in lines] == epochs
+  arrays = checkpoints.select(checkpoints.load(tmp_path).arrays, 'params')
+  last = sum((x.astype(float) ** 2).sum() for x in arrays.values())
+  if steps[-1] == 9:
+    np.testing.assert_allclose(lines[-1]['value'], last, rtol=1e-12)
+
+
+@pytest.mark.parametrize('stop', [2, 3])
+def test_a_resumed_run_writes_the_lines_of_its_hooks_once(
+  stop, small, tmp_path, monkeypatch
+):
+  make = lambda where: loop.train(
+    _CONFIG,
+    small.problem(),
+    tmp_path / where,
+    num_devices=2,
+    timing=False,
+    hooks=[_Norm(1)],
+  )
+  make('whole')
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.parallel, 'agree_to_stop', lambda step, asked: step == stop)
+    with pytest.raises(SystemExit):
+      make('cut')
+  make('cut')
+  texts = [(tmp_path / name / 'metrics.jsonl').read_text() for name in ('cut', 'whole')]
+  assert texts[0] == texts[1]
