@@ -32,7 +32,8 @@ class Options:
   new_power: int = option(2, 'the power', at_least(1))
 
 def _run(context):
-  return {'new': context.options.new_power * float(context.params['Dense_0']['bias'][0])}
+  bias = float(context.params['Dense_0']['bias'][0])
+  return {'new': context.options.new_power * bias}
 
 MEASUREMENT = Measurement(
   run=_run,

@@ -10,13 +10,16 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 OURS = {
-    'sam_jax', 'models', 'input_pipelines', 'training', 'tasks', 'train', 'eval_hessian'
+    'sam_jax', 'models', 'input_pipelines', 'training', 'measurements', 'reports',
+    'tasks', 'train', 'eval_hessian'
 }  # fmt: skip
 MAY_IMPORT = {
   'sam_jax': set(),
   'models': set(),
   'input_pipelines': set(),
   'training': {'sam_jax'},
+  'measurements': {'sam_jax', 'training'},
+  'reports': {'measurements', 'training'},
   'tasks': {'sam_jax', 'models', 'input_pipelines', 'training'},
   'train': OURS - {'eval_hessian'},
   'eval_hessian': OURS - {'train'},
