@@ -20,7 +20,6 @@ from typing import Any
 
 import measurements
 import reports
-
 import tasks
 from input_pipelines import DataError
 from training import (

@@ -107,14 +107,20 @@ def build(
     values: of its other hyperparameters, as `resolve` gives them.
     provided: what the training loop knows by the name of the argument that takes it;
       those that the method does not ask for are left out.
+
+  Raises:
+    UsageError: values that the method refuses.
   """
   function, specs = get(name), hyperparameters(name)
   wanted = inspect.signature(function).parameters
-  return function(
-    rho=rho,
-    **{key: _check(specs[key], value) for key, value in values.items()},
-    **{key: provided[key] for key in wanted if key in provided},
-  )
+  try:
+    return function(
+      rho=rho,
+      **{key: _check(specs[key], value) for key, value in values.items()},
+      **{key: provided[key] for key in wanted if key in provided},
+    )
+  except ValueError as error:  # arguments that do not go together
+    raise UsageError(f'--optimizer={name}: {error}') from error
 
 
 def _check(spec: library.Hyperparameter, value: Any) -> Any:

@@ -115,6 +115,7 @@ def _check_method(config: Config) -> None:
       f'--optimizer={config.optimizer}: choose a method with an ascent of its own '
       'on each group, such as sam.'
     )
+  build(config, 1)  # which refuses arguments that do not go together
 
 
 def _is_periodic(config: Config) -> bool:

@@ -102,9 +102,7 @@ def dense(network):
       'paths': np.repeat(
         _paths(params), [leaf.size for leaf in jax.tree.leaves(params)]
       ),
-      'hessian': np.asarray(
-        jax.jit(jax.hessian(lambda w: losses(outputs(w))))(flat)
-      ),
+      'hessian': np.asarray(jax.jit(jax.hessian(lambda w: losses(outputs(w))))(flat)),
       'gauss_newton': np.asarray(
         jnp.einsum('nci,ncd,ndj->nij', jacobian, curved, jacobian)
       ),

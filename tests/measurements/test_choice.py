@@ -23,7 +23,7 @@ def test_what_a_chosen_one_needs_runs_too(fast):
     measurements.choose(['layers'], fast.options)
 
 
-_NEW = '''
+_NEW = """
 import dataclasses
 from measurements.measurement import Column, Measurement, at_least, option
 
@@ -32,23 +32,22 @@ class Options:
   new_power: int = option(2, 'the power', at_least(1))
 
 def _run(context):
-  return {'new': context.options.new_power * float(context.params['Dense_0']['bias'][0])}
+  bias = float(context.params['Dense_0']['bias'][0])
+  return {'new': context.options.new_power * bias}
 
 MEASUREMENT = Measurement(
   run=_run,
   options=Options,
   columns=lambda summary: [Column('new one', ('new',))],
 )
-'''
+"""
 
 
 @pytest.fixture
 def new_file(tmp_path, monkeypatch):
   """A measurement more, in one file."""
   (tmp_path / 'added_one.py').write_text(_NEW)
-  monkeypatch.setattr(
-    measurements, '__path__', [*measurements.__path__, str(tmp_path)]
-  )
+  monkeypatch.setattr(measurements, '__path__', [*measurements.__path__, str(tmp_path)])
   registry.find.cache_clear()
   yield
   registry.find.cache_clear()

@@ -70,6 +70,23 @@ def test_every_operator_of_every_loss(fast, tmp_path, kind, operator):
   assert summary['lambda_max_standard_error'] == pytest.approx(error, rel=0.2)
 
 
+@pytest.mark.slow
+def test_everything_is_measured_of_a_regression(fast, tmp_path):
+  network = fast.trained(_PROBLEMS['regression'])
+  options = fast.but(
+    worst_case_rho=0.1,
+    average_case_sigma=0.1,
+    landscape_points=2,
+    eigen_ratio_points=2,
+    per_layer=True,
+    one_batch_repeats=1,
+  )
+  summary = measurements.measure(network, tmp_path, options)
+  assert summary['measurements'] == list(measurements.find())
+  names = ('worst_case_sharpness', 'average_case_sharpness', 'layers', 'one_batch')
+  assert all(summary[name] for name in names)
+
+
 @pytest.mark.parametrize(
   ('kind', 'name', 'heading'),
   [
@@ -81,8 +98,7 @@ def test_scores_are_those_of_the_problem(fast, tmp_path, kind, name, heading):
   from reports import comparison
 
   network = fast.trained(_PROBLEMS[kind])
-  options = fast.but(worst_case_rho=0.1, average_case_sigma=0.1, landscape_points=2)
-  summary = measurements.measure(network, tmp_path, options)
+  summary = measurements.measure(network, tmp_path, fast.options, ['evaluation'])
   evaluation = summary['evaluation']
   test = next(network.problem.test.batches(100).epoch(0))
   found = np.asarray(

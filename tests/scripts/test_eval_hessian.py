@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 
 import eval_hessian
+import measurements
 import sam_jax
 import tasks
 import train
 from input_pipelines import DataError
 from sam_jax import landscape
-from training import cli, losses, sharpness, summary
+from training import cli, summary
 from training import config as config_lib
+from training import problem as problem_lib
 from training.errors import UsageError
 
 _FAST = (
@@ -126,6 +128,25 @@ class _Balanced(html.parser.HTMLParser):
     assert self.open.pop() == tag
 
 
+def test_a_regression_is_measured_and_compared(tmp_path):
+  workdir, out = tmp_path / 'run', tmp_path / 'compare'
+  flags = ['--task=diabetes_mlp', '--epochs=2', '--optimizer=sam', '--devices=1']
+  flags += ['--measure=eigenvalues', f'--workdir={workdir}']
+  assert cli.run(train.main, ['train.py', '--nocache', *flags]) == 0
+  only = '--measure=evaluation,eigenvalues'
+  assert _run(f'--workdir={workdir}', f'--out={out}', only, '--top_k=1') == 0
+  found = json.loads((workdir / 'hessian/summary.json').read_text())
+  final = summary.read(workdir)['final']
+  for name in ('train_absolute_error', 'test_absolute_error', 'test_loss'):
+    assert found['evaluation'][name] == pytest.approx(final[name], abs=1e-5)
+  assert '| test absolute error |' in (out / 'comparison.md').read_text()
+  # The last line that training wrote tells the same lambda_max.
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  told = [line for line in map(json.loads, lines) if line['split'] == 'eigenvalues']
+  assert [line['step'] for line in told] == [0, 10, 20]
+  assert told[-1]['lambda_max'] == pytest.approx(found['lambda_max'], rel=1e-3)
+
+
 def test_a_new_measurement_leaves_nothing_of_the_old_one(runs):
   workdir = runs / 'sgd_1'
   assert _run(f'--workdir={workdir}', *_FAST) == 0
@@ -167,9 +188,13 @@ def test_ctrl_c_says_how_to_go_on(capsys):
   assert 'the same command goes on' in capsys.readouterr().err
 
 
-def test_several_steps_of_one_run(runs, capsys):
-  flags = [*_FAST, '--landscape_points=0', '--one_batch_repeats=0']
+def test_several_steps_of_one_run(runs, capsys, monkeypatch):
+  flags = [*_FAST, '--measure=evaluation,adaptive_sharpness,eigenvalues']
+  built = []
+  build = tasks.build
+  monkeypatch.setattr(tasks, 'build', lambda c: built.append(c) or build(c))
   assert _run(f'--workdir={runs / "adam"}', '--steps=20,40', *flags) == 0
+  assert len(built) == 1
   table = capsys.readouterr().out
   entries = json.loads((runs / 'adam/hessian/over_training.json').read_text())
   assert [entry['step'] for entry in entries] == [20, 40]
@@ -213,12 +238,14 @@ def test_adams_preconditioner_is_that_of_its_checkpoint(runs):
   assert _run(f'--workdir={runs / "adam"}', *flags) == 0
   found = json.loads((runs / 'adam/hessian/summary.json').read_text())
   config = config_lib.load(runs / 'adam')
-  network = sharpness.restore(runs / 'adam', config, tasks.build)
+  network = measurements.restore(runs / 'adam', config, tasks.build(config))
   arrays = {k.split('nu/')[1]: v for k, v in network.arrays.items() if '/nu/' in k}
   count = network.step
-  batch = next(network.workload.train.batches(10**6, seed=0).epoch(0))
+  batch = next(network.problem.train.batches(10**6, seed=0).epoch(0))
   chosen = {name: leaf[:200] for name, leaf in batch.items()}
-  loss = losses.mean_loss(network.workload.model, config, network.batch_stats)
+
+  def loss(params, batch):
+    return problem_lib.loss(network.problem, params, network.batch_stats, batch)[0]
 
   def scale(path, leaf):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
@@ -251,9 +278,12 @@ def test_adams_preconditioner_is_that_of_its_checkpoint(runs):
     ([], '--workdir is missing'),
     (['--workdir=/nowhere'], '/nowhere holds no run'),
     (['--workdir=/nowhere/*'], '/nowhere/* matches no folder'),
+    (['--workdir={runs}/sam', '--landscape_points=1'], '--landscape_points=1: must'),
+    (['--workdir={runs}/sam', '--measure=sharpness'], '--measure=sharpness: choose'),
+    (['--workdir={runs}/sam', '--measure='], '--measure= has an empty entry'),
     (['--workdir={runs}/sam', '--split=valid'], '--split=valid: choose one of'),
     (['--workdir={runs}/sam', '--num_examples=9999'], 'the train split has 1257'),
-    (['--workdir={runs}/sam', '--top_k=9999'], 'k=9999'),
+    (['--workdir={runs}/sam', '--top_k=9999'], '--top_k=9999: only 8970 parameters'),
     (['--workdir={runs}/sam', '--topk=3'], "'topk'. Did you mean: top_k"),
     (['--workdir={runs}/sam', '--tol=tight'], '--tol=tight'),
     (['--workdir={runs}/empty'], 'has no checkpoint yet'),
@@ -270,13 +300,11 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, runs, capsy
 
 
 def test_a_checkpoint_of_another_model_is_refused(runs):
-  def build(config):
-    workload = tasks.build(config)
-    return workload._replace(model=dataclasses.replace(workload.model, num_classes=7))
-
   config = config_lib.load(runs / 'sam')
+  problem = tasks.build(config)
+  other = problem._replace(model=dataclasses.replace(problem.model, num_classes=7))
   with pytest.raises(UsageError, match='is of another model'):
-    sharpness.restore(runs / 'sam', config, build)
+    measurements.restore(runs / 'sam', config, other)
 
 
 def test_help_names_every_flag(capsys):
@@ -284,5 +312,5 @@ def test_help_names_every_flag(capsys):
     eval_hessian.main(['eval_hessian.py', '--help'])
   assert stop.value.code == 0
   text = capsys.readouterr().out
-  for field in dataclasses.fields(sharpness.Options):
+  for field in dataclasses.fields(measurements.Options):
     assert f'{field.name}' in text

@@ -163,6 +163,7 @@ def test_every_chain_reports_its_rate_and_norm(method, base):
     ({'optimizer': 'asam', 'adaptive_rule': 'some'}, 'adaptive_rule=some'),
     ({'optimizer': 'frob_sam', 'num_probes': 1}, 'num_probes=1: .*at least 2'),
     ({'optimizer': 'gsam', 'gsam_rho_min': -1.0}, 'gsam_rho_min=-1.0'),
+    ({'optimizer': 'gsam', 'rho': 0.1, 'gsam_rho_min': 0.2}, 'rho_max must be'),
   ],
 )
 def test_bad_optimizers_are_refused(fields, words):
