@@ -11,13 +11,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 OURS = {
-<<<<<<< HEAD
-    'sam_jax', 'models', 'input_pipelines', 'training', 'tasks', 'measurements',
-    'reports', 'train', 'eval_hessian'
-=======
     'sam_jax', 'models', 'input_pipelines', 'training', 'measurements', 'reports',
     'tasks', 'train', 'eval_hessian'
->>>>>>> h3
 }  # fmt: skip
 MAY_IMPORT = {
   'sam_jax': set(),
@@ -25,11 +20,7 @@ MAY_IMPORT = {
   'input_pipelines': set(),
   'training': {'sam_jax'},
   'measurements': {'sam_jax', 'training'},
-<<<<<<< HEAD
-  'reports': {'sam_jax', 'training', 'measurements'},
-=======
   'reports': {'measurements', 'training'},
->>>>>>> h3
   'tasks': {'sam_jax', 'models', 'input_pipelines', 'training'},
   'train': OURS - {'eval_hessian'},
   'eval_hessian': OURS - {'train'},
