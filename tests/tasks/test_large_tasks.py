@@ -21,9 +21,9 @@ from training import cli, loop, optimizers
 _SMALL = 'features=8,head_features=(16,),hidden_features=8'
 
 
-def _count(workload):
+def _count(problem):
   variables = jax.eval_shape(
-    workload.model.init, jax.random.key(0), workload.example_inputs
+    problem.model.init, jax.random.key(0), problem.example_inputs
   )
   return sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
 
@@ -55,14 +55,14 @@ def folders(tmp_path_factory):
 
 def test_the_papers_recipes(folders):
   config = tasks.resolve('cifar10_wrn', optimizer='asam', batch_size=8, **folders)
-  assert (config.rho, config.adaptive_rule, config.adaptive_eta) == (2.0, 'all', 0.0)
-  workload = tasks.build(config)
-  assert _count(workload) == 17_158_106
-  assert workload.class_names == cifar10.CLASSES
+  assert (config.rho, config.hyperparameters) == (2.0, {'eta': 0.0, 'weights': 'all'})
+  problem = tasks.build(config)
+  assert _count(problem) == 17_158_106
+  assert problem.scores.class_names == cifar10.CLASSES
   config = tasks.resolve('mitbih_attention', optimizer='asam', batch_size=8, **folders)
   assert config.rho == 1.0
-  workload = tasks.build(config)
-  assert _count(workload) == 19_528_109
+  problem = tasks.build(config)
+  assert _count(problem) == 19_528_109
   for name, rate in (('cifar10_wrn', 0.1), ('mitbih_attention', 0.01)):
     recipe = tasks.resolve(name)
     assert (recipe.optimizer, recipe.base_optimizer) == ('momentum', 'momentum')
@@ -76,15 +76,15 @@ def test_own_images_and_a_smaller_network(folders):
   config = tasks.resolve(
     'cifar10_wrn', dataset='pets', model='depth=10,width=1', batch_size=2, **folders
   )
-  workload = tasks.build(config)
-  assert workload.class_names == ('cat', 'dog', 'eel')
-  assert (workload.train.num_examples, workload.test.num_examples) == (8, 4)
-  assert (workload.model.depth, workload.model.num_classes) == (10, 3)
-  batch = next(workload.train.batches(8).epoch(0))
+  problem = tasks.build(config)
+  assert problem.scores.class_names == ('cat', 'dog', 'eel')
+  assert (problem.train.num_examples, problem.test.num_examples) == (8, 4)
+  assert (problem.model.depth, problem.model.num_classes) == (10, 3)
+  batch = next(problem.train.batches(8).epoch(0))
   np.testing.assert_allclose(
-    workload.model.pixel_mean, batch['inputs'].mean((0, 1, 2)), rtol=1e-6
+    problem.model.pixel_mean, batch['inputs'].mean((0, 1, 2)), rtol=1e-6
   )
-  augmented = workload.augment(jax.random.key(0), batch['inputs'])
+  augmented = problem.augment(jax.random.key(0), batch['inputs'])
   assert augmented.shape == (8, 32, 32, 3)
 
 
