@@ -45,6 +45,7 @@ def is_method(name: str) -> bool:
   return name in found() or plugins.is_reference(name)
 
 
+@functools.cache
 def hyperparameters(name: str) -> dict[str, library.Hyperparameter]:
   """The arguments of a method that a user sets, by name; rho is one of them."""
   function = get(name)

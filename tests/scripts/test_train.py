@@ -15,7 +15,7 @@ import pytest
 import tasks
 import train
 from input_pipelines import DataError
-from training import checkpoints, cli, metrics, optimizers
+from training import checkpoints, cli, methods, metrics
 from training import config as config_lib
 
 _ROOT = pathlib.Path(train.__file__).parent
@@ -55,7 +55,7 @@ def _run(*arguments):
     ('--learning_rate=nan', '--learning_rate=nan: must be a finite number'),
     ('--seeds=0', '--seeds=0: must be at least 1'),
     ('--devices=99', '--devices=99: this process has'),
-    ('--m_sharpness=5 --optimizer=sam', 'multiple of 5'),
+    ('--m_sharpness=5 --optimizer=sam', 'must divide --batch_size'),
     ('--init_from=/nowhere', '--init_from=/nowhere: /nowhere has no checkpoint'),
     ('sam', "unexpected argument 'sam'"),
   ],
@@ -92,7 +92,7 @@ def test_help_names_every_flag_and_choice(capsys):
     _run('--help')
   assert caught.value.code == 0
   text = capsys.readouterr().out
-  for word in ('--rho=', '--[no]timing', 'digits_mlp', *optimizers.METHODS):
+  for word in ('--rho=', '--[no]timing', 'digits_mlp', *methods.found()):
     assert word in text
   assert 'alsologtostderr' not in text
   assert max(map(len, text.splitlines())) <= 88
