@@ -40,7 +40,9 @@ class Config:
   steps as named, batch sizes in examples over all devices together.
   """
 
-  task: str = _field('digits_mlp', 'what is trained: a name, a .py file of your own, or package.module')
+  task: str = _field(
+    'digits_mlp', 'what is trained: a name, a .py file of your own, or package.module'
+  )
   dataset: str = _field('', 'data set by name, for tasks that have several (PROTEINS)')
   model: str = _field('', 'changes to the network, as depth=16,width=2,norm=none')
   optimizer: str = _field('sgd', 'a sharpness-aware method, or a base optimizer alone')
