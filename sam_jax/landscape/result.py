@@ -71,7 +71,8 @@ class Landscape:
     ...   print(pathlib.Path(folder, 'line.vtk').read_text().splitlines()[3:7])
     ['DATASET POLYDATA', 'POINTS 2 double', '0.0 0.0 1.0', '1.0 0.0 100.0']
     """
-    vtk.write(self, path)
+    title = f'{self.value} over {", ".join(self.labels)}'
+    vtk.write(path, self.x, self.y, self.loss, title)
 
 
 def load(path: str | os.PathLike[str]) -> Landscape:

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import os
 import pathlib
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-  from sam_jax.landscape.result import Landscape
 
-
-def write(item: Landscape, path: str | os.PathLike[str]) -> None:
-  """Writes a surface as a structured grid or a line as a polyline."""
-  values = _finite(item.loss)
+def write(
+  path: str | os.PathLike[str],
+  x: np.ndarray,
+  y: np.ndarray | None,
+  loss: np.ndarray,
+  title: str,
+) -> None:
+  """Writes a surface as a structured grid, or without y a line as a polyline."""
+  values = _finite(loss)
   count = values.size
-  if item.y is None:
-    x, y = item.x, np.zeros(count)
+  if y is None:
+    y = np.zeros(count)
     head = ['DATASET POLYDATA']
     tail = [f'LINES 1 {count + 1}', ' '.join(map(str, [count, *range(count)]))]
   else:
-    x, y = (grid.ravel() for grid in np.meshgrid(item.x, item.y))
-    head = ['DATASET STRUCTURED_GRID', f'DIMENSIONS {len(item.x)} {len(item.y)} 1']
+    head = ['DATASET STRUCTURED_GRID', f'DIMENSIONS {len(x)} {len(y)} 1']
+    x, y = (grid.ravel() for grid in np.meshgrid(x, y))
     tail = []
   points = [f'{a!r} {b!r} {c!r}' for a, b, c in np.stack([x, y, values], 1).tolist()]
-  lines = ['# vtk DataFile Version 3.0', _title(item), 'ASCII', *head]
+  lines = ['# vtk DataFile Version 3.0', _title(title), 'ASCII', *head]
   lines += [f'POINTS {count} double', *points, *tail, f'POINT_DATA {count}']
   lines += _scalars('loss', values)
   if values.max(initial=0.0) > 0:
@@ -41,9 +43,8 @@ def _finite(loss: np.ndarray) -> np.ndarray:
   return np.where(finite, values, values[finite].max() if finite.any() else 0.0)
 
 
-def _title(item: Landscape) -> str:
+def _title(title: str) -> str:
   """What the file shows, in the 255 characters that a title may have."""
-  title = ' '.join([item.value, 'over', ', '.join(item.labels)])
   return ' '.join(title.encode('ascii', 'replace').decode().split())[:255]
 
 
