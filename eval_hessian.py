@@ -81,6 +81,8 @@ def _workdirs(patterns: Sequence[str] | None) -> list[pathlib.Path]:
 def _steps(values: Sequence[str], workdir: pathlib.Path) -> list[int]:
   """The checkpoints that --steps names."""
   found = checkpoints.steps(workdir)
+  if not found:
+    checkpoints.load(workdir)  # which says so
   if list(values) == ['all']:
     return found
   try:

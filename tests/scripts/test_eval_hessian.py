@@ -287,6 +287,7 @@ def test_adams_preconditioner_is_that_of_its_checkpoint(runs):
     (['--workdir={runs}/sam', '--topk=3'], "'topk'. Did you mean: top_k"),
     (['--workdir={runs}/sam', '--tol=tight'], '--tol=tight'),
     (['--workdir={runs}/empty'], 'has no checkpoint yet'),
+    (['--workdir={runs}/empty', '--steps=all'], 'has no checkpoint yet'),
     (['--workdir={runs}/sam', '--steps=all', '--out=c'], '--out=c is for the comp'),
   ],
 )
