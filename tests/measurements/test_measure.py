@@ -8,7 +8,8 @@ import pytest
 
 import measurements
 import training
-from measurements import spectral_density
+from measurements import context, eigenvalues, one_batch, spectral_density
+from sam_jax import curvature
 from training import problem as problem_lib
 
 
@@ -58,18 +59,30 @@ def test_the_bootstrap_spreads_as_the_curvature_of_examples(matrices, measured):
   assert curvatures.mean() == pytest.approx(values[0])
 
 
-@pytest.mark.slow
-def test_a_ratio_to_what_may_be_zero_is_not_told(network, fast, tmp_path):
-  def single_batches(**changes):
-    options = fast.but(one_batch_repeats=2, **changes)
-    return measurements.measure(network, tmp_path, options, ['one_batch'])['one_batch']
+def test_a_ratio_to_what_may_be_zero_is_not_told():
+  def single(smallest, residual):
+    pairs = curvature.Eigenpairs(
+      eigenvalues=np.array([4.0, smallest]),
+      eigenvectors=(),
+      residuals=np.array([1e-6, residual]),
+      bounds=np.zeros(2),
+      converged=np.array([True, True]),
+      scale=4.0,
+      tol=1e-3,
+      num_matvecs=3,
+      verified=False,
+    )
+    return eigenvalues.extremes(pairs, 1, 10)
 
-  told = single_batches()
-  assert told['all_converged'] and told['lambda_min_residual'] < 1e-6
-  assert told['ratio_range'][0] <= told['ratio_median'] <= told['ratio_range'][1]
-  found = single_batches(tol=0.5)
-  assert found['lambda_min_residual'] > abs(found['lambda_min'])
-  assert found['ratio_median'] is None
+  def told(*found):
+    return context.plain(one_batch._over_batches(list(found), 8))
+
+  known, unknown = single(-2.0, 1e-3), single(-1e-4, 1e-3)
+  assert known['lambda_max_over_abs_lambda_min'] == 2.0
+  assert unknown['lambda_max_over_abs_lambda_min'] is None
+  assert told(unknown)['ratio_median'] is None
+  assert told(known, known, unknown)['ratio_range'] == [2.0, None]
+  assert told(known, known, unknown)['ratio_median'] == 2.0
 
 
 def test_batch_statistics_can_be_those_of_the_batch(
