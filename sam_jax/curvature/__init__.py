@@ -25,7 +25,11 @@ from sam_jax.curvature.operators import operator as operator
 from sam_jax.curvature.products import hessian_product as hessian_product
 from sam_jax.curvature.products import hvp as hvp
 from sam_jax.curvature.products import mean_product as mean_product
+from sam_jax.curvature.top import TopEigenpairs as TopEigenpairs
+from sam_jax.curvature.top import top_eigenpairs as top_eigenpairs
 from sam_jax.curvature.transforms import adam_preconditioner as adam_preconditioner
 from sam_jax.curvature.transforms import paths as paths
 from sam_jax.curvature.transforms import preconditioned as preconditioned
 from sam_jax.curvature.transforms import restricted as restricted
+from sam_jax.curvature.tridiagonal import Tridiagonalization as Tridiagonalization
+from sam_jax.curvature.tridiagonal import tridiagonalize as tridiagonalize

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_jax.curvature import products
+from sam_jax.curvature import products, stacks
 from sam_jax.curvature.products import Batch, LossFn, Params
 
 
@@ -27,7 +26,7 @@ class Operator:
 
   def __init__(self, matvec: Callable[[Params], Params], like: Params):
     self._matvec = matvec
-    self.structure = jax.tree.map(_describe, like)
+    self.structure = jax.tree.map(stacks.describe, like)
     leaves = jax.tree.leaves(self.structure)
     self.size = sum(math.prod(leaf.shape) for leaf in leaves)
     if not self.size:
@@ -233,14 +232,3 @@ def _linearize(product, params, batch):
 @functools.partial(jax.jit, donate_argnums=2)
 def _add_linear(linear, vector, total, fraction):
   return jax.tree.map(lambda t, p: t + fraction * p, total, linear(vector))
-
-
-def _describe(leaf: Any) -> jax.ShapeDtypeStruct:
-  if not isinstance(leaf, jax.ShapeDtypeStruct):
-    leaf = jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
-  if not jnp.issubdtype(leaf.dtype, jnp.floating):
-    raise TypeError(
-      f'a leaf of the parameters has dtype {leaf.dtype}: only real floating-point '
-      'parameters have curvature; leave the others out'
-    )
-  return leaf
