@@ -23,6 +23,8 @@ Params = Any
 TopWhich = Literal['largest', 'smallest', 'magnitude']
 _ORDERS = {'largest': lambda x: x, 'smallest': jnp.negative, 'magnitude': jnp.abs}
 
+_NOISE = 0.3  # share of the random direction in the last guard
+
 
 class TopEigenpairs(NamedTuple):
   """Eigenpairs found inside a compiled function, the most wanted first.
@@ -34,9 +36,8 @@ class TopEigenpairs(NamedTuple):
       lies within it of each theta, up to rounding.
     converged: bool (k,), residual <= tol times the largest |theta| met.
     num_matvecs: int32, products taken.
-    block: pytree of (k + num_guards, *shape), orthonormal: the eigenvectors, the next
-      ones as far as they are known, and a direction to search in. A search at a near
-      operator starts from it.
+    block: pytree of (k + num_guards, *shape), orthonormal: the eigenvectors and the
+      next ones as far as they are known. A search at a near operator starts from it.
   """
 
   eigenvalues: jax.Array
@@ -58,6 +59,7 @@ def top_eigenpairs(
   tol: float = 1e-4,
   max_num_matvecs: int = 100,
   num_guards: int = 3,
+  explore: int = 1,
   max_basis_size: int | None = None,
 ) -> TopEigenpairs:
   r"""The top eigenpairs of an operator, to a tolerance, inside `jax.jit`.
@@ -68,10 +70,10 @@ def top_eigenpairs(
 
   A search that starts from an earlier one's result multiplies its block of k +
   num_guards vectors first. The guards find a pair that overtakes another, and let
-  crowded eigenvalues converge. To the last guard a random direction is added, so that
-  over some searches even pairs turn up that the block knew nothing of, and further
-  copies of a repeated eigenvalue. A small residual says that there is an eigenvalue
-  near, not that none is larger.
+  crowded eigenvalues converge. A little of a random direction is added to the last of
+  them, and a product spent on its residual, so that over a few searches even pairs turn
+  up that the block knew nothing of, and further copies of a repeated eigenvalue. A
+  small residual says that there is an eigenvalue near, not that none is larger.
 
   Args:
     matvec: ``matvec(vector) -> product``, linear and symmetric; such as ``lambda v:
@@ -90,6 +92,7 @@ def top_eigenpairs(
     max_num_matvecs: number of products at which to stop with what was reached; at
       least k and the number of start vectors.
     num_guards: further vectors in the block, beyond k.
+    explore: number of products that a search from ``start`` spends on the last guard.
     max_basis_size: number of vectors at which the search space shrinks to the block;
       more needs memory and may save products. None is 2 (k + num_guards) + 16.
 
@@ -124,20 +127,22 @@ def top_eigenpairs(
   key = jax.random.key(0) if key is None else key
   queue = _queue(structure, start, k, key)
   count = jax.tree.leaves(queue)[0].shape[0]
-  _check(size, k, which, num_guards, max_num_matvecs, count, max_basis_size)
+  _check(size, k, which, num_guards, explore, max_num_matvecs, count, max_basis_size)
   block = min(k + num_guards, size)
   rows = min(max_basis_size or max(2 * block + 16, count + 1), size)
-  search = _Search(matvec, k, block, rows, size, _ORDERS[which], key)
+  explore = 0 if start is None or block == k else explore
+  search = _Search(matvec, k, block, rows, size, _ORDERS[which], key, explore)
   state = search.begin(queue)
 
   def go_on(state):
-    done = (state.residuals <= tol * state.scale).all() & (state.num_matvecs >= count)
+    done = (state.residuals <= tol * state.scale).all()
+    done &= state.num_matvecs >= count + explore
     finite = jnp.isfinite(state.projected).all()
     left = state.num_matvecs < max_num_matvecs
     return left & finite & ~done & ~search.complete(state)
 
   state = jax.lax.while_loop(go_on, lambda s: search.step(s, queue), state)
-  found = search.found(state)
+  found = stacks.combine(state.basis, state.rotation[:, :block])
   return TopEigenpairs(
     eigenvalues=state.values[:k],
     eigenvectors=jax.tree.map(lambda leaf: leaf[:k], found),
@@ -187,6 +192,7 @@ class _Search:
   size: int
   order: Callable[[jax.Array], jax.Array]
   key: jax.Array
+  explore: int
 
   def begin(self, queue: Any) -> _State:
     first = stacks.take(queue, 0)
@@ -237,36 +243,27 @@ class _Search:
       scale=jnp.maximum(state.scale, jnp.abs(values).max()),
       num_matvecs=number + 1,
     )
-    rest = self._residuals(state, slice(self.k))
+    # Those of the wanted pairs and, to explore, that of the lowest guard.
+    columns = [*range(self.k), *[self.block - 1] * (self.explore > 0)]
+    rest = self._residuals(state, jnp.array(columns))
     there = jnp.arange(self.k) < size
-    norms = jax.vmap(stacks.norm)(rest)
+    norms = jax.vmap(stacks.norm)(rest)[: self.k]
+    target = jnp.argmax(jnp.where(there, norms, -1))
+    if self.explore:
+      explores = (number + 1 >= count) & (number + 1 < count + self.explore)
+      target = jnp.where(explores, self.k, target)
     return state._replace(
-      residuals=jnp.where(there, norms, jnp.inf),
-      expansion=stacks.take(rest, jnp.argmax(jnp.where(there, norms, -1))),
+      residuals=jnp.where(there, norms, jnp.inf), expansion=stacks.take(rest, target)
     )
 
-  def _residuals(self, state: _State, chosen: slice) -> Any:
-    """A x - theta x of some of the block's Ritz pairs."""
-    rotation = state.rotation[:, : self.block][:, chosen]
-    values = state.values[: self.block][chosen]
+  def _residuals(self, state: _State, columns: jax.Array) -> Any:
+    """A x - theta x of some Ritz pairs, a stack."""
+    rotation, values = state.rotation[:, columns], state.values[columns]
     return jax.tree.map(
       lambda y, x: y - x * values.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1)),
       stacks.combine(state.images, rotation),
       stacks.combine(state.basis, rotation),
     )
-
-  def found(self, state: _State) -> Any:
-    """The block: Ritz vectors and, as the last, the residual of the one before it.
-
-    The next search multiplies it, and so takes a Lanczos step from the lowest guard
-    towards eigenvectors that the block knows nothing of.
-    """
-    block = stacks.combine(state.basis, state.rotation[:, : self.block])
-    if self.block == self.k:
-      return block
-    last = self.block - 1
-    rest = stacks.take(self._residuals(state, slice(last - 1, last)), 0)
-    return stacks.put(block, stacks.unit(rest)[0], last)
 
   def _ritz(self, projected: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Ritz values and coefficients in the order wanted; 0 beyond the size."""
@@ -318,16 +315,17 @@ def _queue(structure: Any, start: Any, k: int, key: jax.Array) -> Any:
   if last < k:  # There is no guard.
     return block
   known, _ = stacks.unit(stacks.take(block, last))
-  return stacks.put(block, jax.tree.map(jnp.add, known, noise), last)
+  mixed = jax.tree.map(lambda x, z: x + _NOISE * z, known, noise)
+  return stacks.put(block, mixed, last)
 
 
-def _check(size, k, which, num_guards, max_num_matvecs, count, max_basis_size):
+def _check(size, k, which, num_guards, explore, max_num_matvecs, count, max_basis_size):
   if not (isinstance(k, int | np.integer) and 1 <= k <= size):
     raise ValueError(f'k={k}: give a whole number from 1 to the size, {size}')
   if which not in _ORDERS:
     raise ValueError(f'which={which!r}: give one of {sorted(_ORDERS)}')
-  if num_guards < 0:
-    raise ValueError(f'num_guards={num_guards}: give 0 or more')
+  if num_guards < 0 or explore < 0:
+    raise ValueError(f'num_guards={num_guards}, explore={explore}: give 0 or more')
   if max_num_matvecs < max(k, count):
     raise ValueError(
       f'max_num_matvecs={max_num_matvecs}: {k} pairs from {count} start vectors need '

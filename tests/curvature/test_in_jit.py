@@ -103,18 +103,18 @@ def test_all_pairs_of_a_small_operator_are_exact(x64):
 def test_a_warm_start_is_cheap_and_finds_what_it_did_not_know(x64):
   values = _spectrum(9, 7, 6, 5, 4, 3)
   first = _top(_matrix(values))
-  again = _top(_matrix(values), first)
-  assert again.num_matvecs <= 8 < first.num_matvecs  # 6 are the block
+  again = _top(_matrix(values), first, jax.random.key(1))
+  assert again.num_matvecs == 7 < first.num_matvecs  # the block, and one to explore
 
 
 def test_a_warm_start_finds_an_eigenvalue_hidden_from_its_block(x64):
   """Of an operator under which the span of the block is exactly invariant."""
   values = _spectrum(9, 7, 6, 5, 4, 3)
   values[-1] = 12
-  start = jax.vmap(_tree)(jnp.eye(6, _SIZE))
-  pairs = start
-  for index in range(3):
-    pairs = _top(jnp.diag(jnp.asarray(values)), pairs, key=jax.random.key(index))
+  matrix = jnp.diag(jnp.asarray(values))
+  pairs = _top(matrix)._replace(block=jax.vmap(_tree)(jnp.eye(6, _SIZE)))
+  for index in range(6):
+    pairs = _top(matrix, pairs, jax.random.key(index))
   np.testing.assert_allclose(pairs.eigenvalues, [12, 9, 7], rtol=1e-6)
 
 
@@ -272,7 +272,7 @@ def test_eigenvalues_are_tracked_while_a_network_trains(x64, dtype, tol, rtol):
   assert len(traces) == count <= 4  # a gradient and two curvatures, whatever the steps
   assert pairs.converged.all()
   assert pairs.eigenvalues.dtype == dtype
-  assert pairs.num_matvecs.mean() < 0.8 * first.num_matvecs
+  assert pairs.num_matvecs[-1] < 0.8 * first.num_matvecs
   wide = jax.tree.map(lambda x: x.astype(jnp.float64), (params, batch))
   for index in range(12):
     at = jax.tree.map(lambda x, i=index: x[i], wide[0])
