@@ -23,24 +23,22 @@ import jax
 import tasks
 import training
 from input_pipelines import DataError
-from training import cli, optimizers, parallel, step
+from training import cli, parallel, sharing, step
 
 _PEER = pathlib.Path(__file__).parent / 'peers' / 'pyg_gcn_sam.py'
 
 
 def epoch_runner(
-  config: training.Config, workload: training.Workload
+  config: training.Config, problem: training.Problem
 ) -> Callable[[int], float]:
   """Returns a function that trains an epoch and returns its seconds."""
   replicas = parallel.DataParallel(num_devices=1)
-  batches = workload.train.batches(config.batch_size, shards=(1,), seed=config.seed)
-  tx = optimizers.build(config, batches.steps_per_epoch)
-  train_step = replicas.map(
-    step.make_train_step(workload.model, tx, config), donate=True
+  batches = problem.train.batches(config.batch_size, seed=config.seed)
+  stepper = step.Stepper(
+    problem, config, batches.steps_per_epoch, sharing.of(config), replicas.axis_name
   )
-  state = replicas.replicate(
-    step.init_state(workload.model, tx, workload.example_inputs, config.seed)
-  )
+  train_step = replicas.map(stepper.train, donate=True)
+  state = replicas.place(replicas.replicate(jax.jit(stepper.init)(config.seed)))
 
   def run(epoch: int) -> float:
     nonlocal state

@@ -33,10 +33,10 @@ _EXAMPLES, _STEPS, _LANCZOS = 128, 300, 80
 def problem() -> tuple[Any, Any, dict[str, jax.Array]]:
   """A loss, trained parameters, and the batch it is measured on."""
   config = tasks.resolve('digits_mlp', model=_MODEL)
-  workload = tasks.build(config)
-  model = workload.model
-  params = model.init(jax.random.key(0), workload.example_inputs)['params']
-  batch = next(workload.train.batches(_EXAMPLES, seed=0).epoch(0))
+  digits = tasks.build(config)
+  model = digits.model
+  params = model.init(jax.random.key(0), digits.example_inputs)['params']
+  batch = next(digits.train.batches(_EXAMPLES, seed=0).epoch(0))
   batch = {name: jnp.asarray(batch[name]) for name in ('inputs', 'labels')}
 
   def loss(params, batch):

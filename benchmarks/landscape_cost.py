@@ -18,7 +18,8 @@ import numpy as np
 import sam_jax
 import tasks
 from input_pipelines import DataError
-from training import cli, compiler, losses
+from training import cli, compiler
+from training import problem as problem_lib
 
 
 def main() -> None:
@@ -37,15 +38,17 @@ def main() -> None:
   config = tasks.resolve(
     arguments.task, **{name: getattr(arguments, name) for name in names}
   )
-  workload = tasks.build(config)
-  batches, left = [], arguments.num_examples or workload.train.num_examples
-  for batch in workload.train.batches(128, seed=0).epoch(0):
+  problem = tasks.build(config)
+  batches, left = [], arguments.num_examples or problem.train.num_examples
+  for batch in problem.train.batches(128, seed=0).epoch(0):
     if left > 0:
       batches.append(jax.tree.map(jax.device_put, batch))
-      left -= float(losses.num_examples(batch))
-  variables = workload.model.init(jax.random.key(0), workload.example_inputs)
+      left -= float(problem_lib.num_examples(batch))
+  variables = problem.model.init(jax.random.key(0), problem.example_inputs)
   params, stats = variables['params'], variables.get('batch_stats', {})
-  loss = losses.mean_loss(workload.model, config, stats)
+  loss = lambda p, batch: problem_lib.loss(
+    problem, p, stats, batch, dtype=config.dtype
+  )[0]
   forward = jax.jit(loss)
   directions = sam_jax.landscape.random_directions(jax.random.key(1), params)
   axis = np.linspace(-1, 1, arguments.points)
@@ -53,7 +56,7 @@ def main() -> None:
   for y in (axis[0], *axis[: arguments.rows or None]):
     start = time.perf_counter()
     sam_jax.landscape.surface(
-      loss, params, directions, axis, [y], batches, weight=losses.num_examples
+      loss, params, directions, axis, [y], batches, weight=problem_lib.num_examples
     )
     times['point'].append((time.perf_counter() - start) / len(axis))
     start = time.perf_counter()

@@ -26,7 +26,8 @@ import jax.numpy as jnp
 
 import models
 import tasks
-from training import compiler, losses, optimizers, parallel, step
+from training import compiler, parallel, scores, sharing, step
+from training import problem as problem_lib
 
 _PEER = pathlib.Path(__file__).parent / 'peers' / 'torch_networks.py'
 _TASKS = {'wrn': 'cifar10_wrn', 'attention': 'mitbih_attention'}
@@ -46,10 +47,10 @@ class Ours:
     )
     batch = arguments.batch_size
     if arguments.network == 'wrn':
-      self._model = models.WideResNet(depth=arguments.depth, width=arguments.width)
+      model = models.WideResNet(depth=arguments.depth, width=arguments.width)
       shape, classes = (batch, 32, 32, 3), 10
     else:
-      self._model = models.Attention()
+      model = models.Attention()
       shape, classes = (batch, 187), 5
     keys = jax.random.split(jax.random.key(0))
     self._batch = {
@@ -57,18 +58,28 @@ class Ours:
       'labels': jax.random.randint(keys[1], (batch,), 0, classes),
       'weights': jnp.ones(batch),
     }
-    tx = optimizers.build(config, 1000)
-    self._state = step.init_state(self._model, tx, self._batch['inputs'][:1], 0)
+    problem = problem_lib.Problem(
+      model=model,
+      train=None,  # One batch is all there is.
+      test=None,
+      example_losses=scores.smoothed_kl(config.label_smoothing),
+      scores=scores.Classification(classes),
+      example_inputs=self._batch['inputs'][:1],
+    )
+    stepper = step.Stepper(problem, config, 1000, sharing.of(config))
+    self._state = jax.jit(stepper.init)(0)
     self.num_parameters = sum(x.size for x in jax.tree.leaves(self._state.params))
-    self._runs = {'gradient': self._gradients(config), 'sam': self._steps(config, tx)}
+    self._runs = {'gradient': self._gradients(stepper), 'sam': self._steps(stepper)}
 
-  def _gradients(self, config: Any) -> Callable[[int], Any]:
+  def _gradients(self, stepper: step.Stepper) -> Callable[[int], Any]:
     """Takes so many gradients."""
-    loss = losses.loss_fn(self._model, config)
+    problem, dtype = stepper.problem, stepper.config.dtype
 
     @jax.jit
     def gradient(params, stats, batch, key):
-      objective = lambda p: loss(p, stats, batch, train=True, key=key)
+      objective = lambda p: problem_lib.loss(
+        problem, p, stats, batch, train=True, key=key, dtype=dtype
+      )
       return jax.value_and_grad(objective, has_aux=True)(params)
 
     def run(steps):
@@ -80,14 +91,12 @@ class Ours:
 
     return run
 
-  def _steps(self, config: Any, tx: Any) -> Callable[[int], Any]:
+  def _steps(self, stepper: step.Stepper) -> Callable[[int], Any]:
     """Takes so many steps of SAM."""
     replicas = parallel.DataParallel(num_devices=1)
-    train_step = replicas.map(
-      step.make_train_step(self._model, tx, config), donate=True
-    )
-    state = replicas.replicate(self._state)
-    batch = replicas.place(jax.tree.map(lambda x: x[None], self._batch))
+    train_step = replicas.map(stepper.train, donate=True)
+    state = replicas.place(replicas.replicate(self._state))
+    batch = replicas.place(self._batch)
 
     def run(steps):
       nonlocal state

@@ -14,6 +14,7 @@ The peak is what a large matrix product of the same type reaches on the device, 
 
 import argparse
 import collections
+import functools
 import statistics
 import sys
 import time
@@ -26,7 +27,9 @@ import jax.numpy as jnp
 import sam_jax
 import tasks
 from input_pipelines import DataError
-from training import cli, compiler, losses, optimizers, parallel, step
+from training import cli, compiler, optimizers, parallel, sharing, step
+from training import problem as problem_lib
+from training.problem import Problem
 
 _MIB = 1 << 20
 # Sizes of a matrix product that keeps a device busy.
@@ -50,35 +53,38 @@ class Phase(NamedTuple):
   run: Callable[[], Any]
 
 
-def phases(config: Any, workload: Any, shards: Any) -> list[Phase]:
+def phases(config: Any, problem: Problem, batch: Any) -> list[Phase]:
   """The compiled steps of a method, each with a state of its own."""
   replicas = parallel.DataParallel(num_devices=1)
-  steps_per_epoch = workload.train.batches(config.batch_size).steps_per_epoch
-  tx = optimizers.build(config, steps_per_epoch)
+  stepper = one_device(config, problem, replicas.axis_name)
+  steps_per_epoch = stepper.steps_per_epoch
+  init = jax.jit(stepper.init)
   total = config.epochs * steps_per_epoch
   counts = collections.Counter(
     optimizers.phase(config, steps_per_epoch, number) for number in range(total)
   )
   found = []
   for phase, count in counts.items():
-    state = replicas.place(
-      replicas.replicate(
-        step.init_state(workload.model, tx, workload.example_inputs, config.seed)
-      )
-    )
-    train_step = step.make_train_step(
-      workload.model, tx, config, phase=phase, augment=workload.augment
-    )
-    compiled = replicas.map(train_step, donate=True).lower(state, shards).compile()
-    run = _steps(compiled, state, shards)
+    state = replicas.place(replicas.replicate(init(config.seed)))
+    train_step = functools.partial(stepper.train, phase=phase)
+    compiled = replicas.map(train_step, donate=True).lower(state, batch).compile()
+    run = _steps(compiled, state, batch)
     found.append(Phase(count / total, flops(compiled), memory(compiled), run))
   return found
 
 
-def _steps(compiled: Any, state: Any, shards: Any) -> Callable[[], Any]:
+def one_device(
+  config: Any, problem: Problem, axis_name: str | None = None
+) -> step.Stepper:
+  """The steps of a configuration on one device."""
+  steps_per_epoch = problem.train.batches(config.batch_size).steps_per_epoch
+  return step.Stepper(problem, config, steps_per_epoch, sharing.of(config), axis_name)
+
+
+def _steps(compiled: Any, state: Any, batch: Any) -> Callable[[], Any]:
   def run():
     nonlocal state  # Given away to the step, as in training.
-    state, metrics = compiled(state, shards)
+    state, metrics = compiled(state, batch)
     return state, metrics
 
   return run
@@ -143,10 +149,9 @@ def compare_steps(arguments: argparse.Namespace, names: list[str]) -> None:
       base_optimizer=base if name != base else None,
       **given,
     )
-    workload = tasks.build(config)
-    batches = workload.train.batches(config.batch_size, shards=(1,), seed=0)
-    shards = jax.tree.map(jax.device_put, next(batches.epoch(0)))
-    found[name] = phases(config, workload, shards)
+    problem = tasks.build(config)
+    batch = next(problem.train.batches(config.batch_size, seed=0).epoch(0))
+    found[name] = phases(config, problem, jax.device_put(batch))
   times = medians(
     {(name, i): x.run for name, steps in found.items() for i, x in enumerate(steps)},
     arguments.repeats,
@@ -159,10 +164,8 @@ def compare_steps(arguments: argparse.Namespace, names: list[str]) -> None:
     )
     for name, steps in found.items()
   }
-  variables = jax.eval_shape(
-    workload.model.init, jax.random.key(0), workload.example_inputs
-  )
-  copy = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(variables['params']))
+  params = problem.variables()['params']
+  copy = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
   peak = 1e12 * arguments.peak_tflops or measured_peak(config.dtype)
   print(
     f'{arguments.task}, a step of {config.batch_size} examples, {config.dtype}, over '
@@ -211,13 +214,14 @@ def compare_hvp(arguments: argparse.Namespace) -> None:
   takes it anew.
   """
   config = tasks.resolve(arguments.task, **overrides(arguments))
-  workload = tasks.build(config)
-  batch = next(workload.train.batches(arguments.hessian_batch_size, seed=0).epoch(0))
+  problem = tasks.build(config)
+  batch = next(problem.train.batches(arguments.hessian_batch_size, seed=0).epoch(0))
   batch = jax.tree.map(jax.device_put, batch)
-  variables = workload.model.init(jax.random.key(0), workload.example_inputs)
+  variables = problem.model.init(jax.random.key(0), problem.example_inputs)
   params, stats = variables['params'], variables.get('batch_stats', {})
-  loss = losses.loss_fn(workload.model, config)
-  value = lambda p, batch: loss(p, stats, batch)[0]
+  value = lambda p, batch: problem_lib.loss(
+    problem, p, stats, batch, dtype=config.dtype
+  )[0]
   vector = sam_jax.probes.gaussian(jax.random.key(1), params)
   gradient = jax.jit(jax.grad(value)).lower(params, batch).compile()
   product = (

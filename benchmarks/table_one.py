@@ -15,7 +15,6 @@ from npz files, which --pack=OTHER_DIR writes where those packages are.
 """
 
 import argparse
-import json
 import math
 import pathlib
 import shutil
@@ -27,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import measurements
 from input_pipelines import DataError, cifar10, labelled_arrays, mitbih
 from input_pipelines.labelled_arrays import LabelledArrays
 from training import cli, metrics, summary
@@ -170,7 +170,7 @@ def numbers(folder: pathlib.Path) -> list[float | None]:
   """
   final = summary.read(folder)['final']
   last = [line for line in metrics.read(folder) if line['split'] == 'train'][-1]
-  hessian = json.loads((folder / 'hessian' / 'summary.json').read_text())
+  hessian = measurements.read(folder / measurements.FOLDER)
   return [
     last['loss'],
     100 * last['accuracy'],

@@ -95,6 +95,7 @@ def train(
     return finished
   run = _Run(config, problem, workdir, replicas, shared, timing, hooks)
   with contextlib.closing(run), _stop_signal() as stop:
+    run.start()
     return run.finish() if run.train(stop) else run.leave(stop)
 
 
@@ -135,19 +136,25 @@ class _Run:
     self._train_feed, self._test_feed = (
       feeding.Feed(split, replicas, resident=resident) for split in splits
     )
-    # Nothing is written before all of the above has proved usable.
-    self._checkpoints = self._lock = None
+    self._timing, self._wanted_hooks, self._fresh = timing, hooks, state
+    self._checkpoints = self._lock = self._metrics = self._progress = None
     self._hooks: Sequence[Hook] = ()
+
+  def start(self) -> None:
+    """Takes the workdir, and goes on where it stands.
+
+    Nothing is written before, so that all that was built has proved usable.
+    """
+    config, workdir = self._config, self._workdir
     if parallel.is_primary():
       self._lock = config_lib.claim(config, workdir)
       self._checkpoints = checkpoints.Checkpoints(workdir, config.keep_checkpoints)
-      self._hooks = hooks
-    self._restore(state)
-    self._metrics = None
-    self._progress = None
+      self._hooks = self._wanted_hooks
+    self._restore(self._fresh)
+    self._fresh = None
     if parallel.is_primary():
       self._metrics = metrics_lib.MetricsFile(
-        workdir, self._step or -1, self._score.name, timing=timing
+        workdir, self._step or -1, self._score.name, timing=self._timing
       )
       total = config.epochs * self._steps_per_epoch
       self._progress = Progress(config.epochs, total, self._score)
@@ -353,12 +360,9 @@ class _Run:
 
   def close(self) -> None:
     """Releases files and threads."""
-    if self._metrics:
-      self._progress.close()
-      self._metrics.close()
-    if self._checkpoints:
-      self._checkpoints.close()
-      self._lock.close()
+    for opened in (self._progress, self._metrics, self._checkpoints, self._lock):
+      if opened:
+        opened.close()
 
 
 class _Stop:

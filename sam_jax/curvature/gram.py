@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sam_jax.curvature import operators
-from sam_jax.curvature.operators import Batch, Params
+from sam_jax.curvature import operators, products
+from sam_jax.curvature.products import Batch, Params
 
 OutputsFn = Callable[[Params, Batch], Any]
 
@@ -70,7 +70,7 @@ def gauss_newton(
     descent, Neural Computation 14 (2002); Martens, arXiv 1412.1193.
   """
   return operators.HessianOperator(
-    _TangentLoss(outputs_fn, loss_fn),
+    gauss_newton_product(outputs_fn, loss_fn),
     params,
     operators.WeightedBatches(batches, weight),
     max_cache_gib,
@@ -120,11 +120,78 @@ def empirical_fisher(
     1905.12558.
   """
   return operators.HessianOperator(
-    _HalfSquares(example_losses_fn),
+    products.HessianProduct(_HalfSquares(example_losses_fn)),
     params,
     operators.WeightedBatches(batches, weight, sums=True),
     max_cache_gib,
   )
+
+
+def gauss_newton_product(
+  outputs_fn: OutputsFn, loss_fn: Callable[[Any, Batch], jax.Array]
+) -> products.HessianProduct:
+  r"""Products with the generalized Gauss-Newton matrix, as a pure function of arrays.
+
+  .. math:: (w, b, v) \mapsto J_b^T H_b J_b\, v
+
+  It can be used inside `jax.jit`, `jax.vmap`, `jax.lax.scan` and `jax.grad`, and is
+  exact, with matrix products of the highest precision. `gauss_newton` says what the
+  matrix is; `mean_product` takes it over several batches.
+
+  Args:
+    outputs_fn: ``outputs_fn(params, batch)``, the network's outputs: a pytree of
+      floating-point arrays.
+    loss_fn: ``loss_fn(outputs, batch) -> scalar``, the mean loss over one batch.
+
+  Returns:
+    ``product(params, batch, vector)``, a pytree like ``params``.
+
+  >>> import jax.numpy as jnp
+  >>> product = gauss_newton_product(
+  ...     lambda w, x: jnp.exp(w) * x, lambda f, x: 0.5 * jnp.mean((f - 1) ** 2))
+  >>> at, data = jnp.log(jnp.array(2.)), jnp.array([1., 3.])
+  >>> round(float(product(at, data, jnp.array(1.))), 4)  # mean of (2 x)^2
+  20.0
+  """
+  return products.HessianProduct(_TangentLoss(outputs_fn, loss_fn))
+
+
+def empirical_fisher_product(
+  example_losses_fn: Callable[[Params, Batch], jax.Array],
+  *,
+  weight: Callable[[Batch], Any] | None = None,
+) -> products.HessianProduct:
+  r"""Products with the empirical Fisher matrix, as a pure function of arrays.
+
+  .. math:: (w, b, v) \mapsto \frac{1}{n_b} \sum_{i \in b} g_i\, (g_i^T v), \qquad
+            g_i = \nabla \ell_i(w)
+
+  It can be used inside `jax.jit`, `jax.vmap`, `jax.lax.scan` and `jax.grad`, and is
+  exact, with matrix products of the highest precision.
+
+  Args:
+    example_losses_fn: ``example_losses_fn(params, batch) -> (B,)``, the loss of each
+      example. Those of padding examples must be 0 whatever the parameters: multiply
+      them by 0.
+    weight: ``weight(batch) -> number``, the number n of real examples of a batch, a
+      pure function of arrays; give the same to `mean_product`. None: the leading
+      dimension of the batch's first leaf.
+
+  Returns:
+    ``product(params, batch, vector)``, a pytree like ``params``; 0 for a batch without
+    real examples.
+
+  Raises:
+    ValueError: when called, if ``example_losses_fn`` does not answer one loss an
+      example.
+
+  >>> import jax.numpy as jnp
+  >>> product = empirical_fisher_product(lambda w, x: w * x)
+  >>> float(product(jnp.array(1.), jnp.array([1., 3.]), jnp.array(1.)))
+  5.0
+  """
+  weight = weight or products.leading_dimension
+  return products.HessianProduct(_HalfSquares(example_losses_fn, weight))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,9 +207,13 @@ class _TangentLoss:
 
 @dataclasses.dataclass(frozen=True)
 class _HalfSquares:
-  """Half the sum of squares of what the tangent adds to the examples' losses."""
+  """Half the sum of squares of what the tangent adds to the examples' losses.
+
+  With a weight it is divided by the number of examples that the weight answers.
+  """
 
   example_losses_fn: Callable[[Params, Batch], jax.Array]
+  weight: Callable[[Batch], Any] | None = None
 
   def __call__(self, params: Params, batch: Batch) -> jax.Array:
     losses = _tangent(self.example_losses_fn, params, batch)
@@ -151,7 +222,11 @@ class _HalfSquares:
         f'example_losses_fn answered an array of shape {losses.shape}: give one loss '
         'for each example, (B,), and not their mean'
       )
-    return 0.5 * jnp.sum((losses - jax.lax.stop_gradient(losses)) ** 2)
+    half = 0.5 * jnp.sum((losses - jax.lax.stop_gradient(losses)) ** 2)
+    if self.weight is None:
+      return half
+    count = jnp.asarray(self.weight(batch), half.dtype)
+    return half / jnp.where(count > 0, count, 1)
 
 
 def _tangent(outputs_fn: OutputsFn, params: Params, batch: Batch) -> Any:

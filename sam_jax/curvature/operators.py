@@ -5,43 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Params = Any
-Batch = Any
-LossFn = Callable[[Params, Batch], jax.Array]
-
-
-def hvp(
-  loss_fn: Callable[[Params], jax.Array], params: Params, vector: Params
-) -> Params:
-  r"""Product of the Hessian of a loss with a vector, exact (forward over reverse).
-
-  .. math:: H v = \left.\frac{d}{dt} \nabla L(w + t v)\right|_{t=0}
-
-  Args:
-    loss_fn: the loss, ``loss_fn(params) -> scalar``.
-    params: where the Hessian is taken; any pytree of floating-point arrays.
-    vector: a pytree like ``params``.
-
-  Returns:
-    ``H v``, a pytree like ``params``.
-
-  >>> import jax.numpy as jnp
-  >>> loss = lambda w: w['a'] ** 2 * w['b']
-  >>> at = {'a': jnp.float32(3), 'b': jnp.float32(5)}
-  >>> product = hvp(loss, at, {'a': jnp.float32(1), 'b': jnp.float32(0)})
-  >>> float(product['a']), float(product['b'])
-  (10.0, 6.0)
-
-  References:
-    Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 1994.
-  """
-  return jax.jvp(jax.grad(loss_fn), (params,), (vector,))[1]
+from sam_jax.curvature import products, stacks
+from sam_jax.curvature.products import Batch, LossFn, Params
 
 
 class Operator:
@@ -56,7 +26,7 @@ class Operator:
 
   def __init__(self, matvec: Callable[[Params], Params], like: Params):
     self._matvec = matvec
-    self.structure = jax.tree.map(_describe, like)
+    self.structure = jax.tree.map(stacks.describe, like)
     leaves = jax.tree.leaves(self.structure)
     self.size = sum(math.prod(leaf.shape) for leaf in leaves)
     if not self.size:
@@ -106,14 +76,14 @@ class HessianOperator(Operator):
 
   def __init__(
     self,
-    loss_fn: LossFn,
+    product: products.HessianProduct,
     params: Params,
     batches: WeightedBatches,
     max_cache_gib: float,
   ):
-    self.params = jax.tree.map(_at_least_float32, params)
+    self.params = products.at_least_float32(params)
     self.num_examples = batches.total
-    self._loss_fn = loss_fn
+    self._of_batch = product
     self._batches = batches
     self._linear: dict[int, Callable[[Params], Params]] = {}
     self._room = max_cache_gib * 2**30
@@ -126,7 +96,7 @@ class HessianOperator(Operator):
         self._linearize(index, batch)
       linear = self._linear.get(index)
       if linear is None:
-        arguments = self._loss_fn, self.params, batch, vector, total, fraction
+        arguments = self._of_batch, self.params, batch, vector, total, fraction
         total = _add_product(*arguments)
       else:
         total = _add_linear(linear, vector, total, fraction)
@@ -137,14 +107,14 @@ class HessianOperator(Operator):
     if not self._room:
       return
     abstract = jax.eval_shape(
-      functools.partial(_linear_gradient, self._loss_fn), self.params, batch
+      functools.partial(_linearize, self._of_batch), self.params, batch
     )
     need = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
     if need > self._room:
       self._room = 0
       return
     self._room -= need
-    self._linear[index] = _linear_gradient(self._loss_fn, self.params, batch)
+    self._linear[index] = _linearize(self._of_batch, self.params, batch)
 
 
 def hessian(
@@ -191,7 +161,10 @@ def hessian(
   [3.3333, 1.3333]
   """
   return HessianOperator(
-    loss_fn, params, WeightedBatches(batches, weight), max_cache_gib
+    products.hessian_product(loss_fn),
+    params,
+    WeightedBatches(batches, weight),
+    max_cache_gib,
   )
 
 
@@ -217,7 +190,7 @@ class WeightedBatches:
     *,
     sums: bool = False,
   ):
-    self._weight = weight or _leading_dimension
+    self._weight = weight or products.leading_dimension
     if isinstance(batches, list | tuple | Iterator):
       batches = [jax.device_put(batch) for batch in batches]
     self._batches = batches
@@ -241,9 +214,9 @@ class WeightedBatches:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _add_product(loss_fn, params, batch, vector, total, fraction):
-  product = hvp(lambda p: loss_fn(p, batch), params, vector)
-  return jax.tree.map(lambda t, p: t + fraction * p, total, product)
+def _add_product(product, params, batch, vector, total, fraction):
+  added = product(params, batch, vector)
+  return jax.tree.map(lambda t, p: t + fraction * p, total, added)
 
 
 @jax.jit
@@ -252,39 +225,10 @@ def _zeros(params):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _linear_gradient(loss_fn, params, batch):
-  # The function that linearize returns is a pytree of its residuals.
-  return jax.linearize(jax.grad(lambda p: loss_fn(p, batch)), params)[1]
+def _linearize(product, params, batch):
+  return product.linearize(params, batch)
 
 
 @functools.partial(jax.jit, donate_argnums=2)
 def _add_linear(linear, vector, total, fraction):
   return jax.tree.map(lambda t, p: t + fraction * p, total, linear(vector))
-
-
-def _leading_dimension(batch: Batch) -> int:
-  leaves = jax.tree.leaves(batch)
-  if not leaves or not np.ndim(leaves[0]):
-    raise ValueError(
-      'the first leaf of a batch has no leading dimension: pass weight= with the '
-      'number of examples of a batch'
-    )
-  return np.shape(leaves[0])[0]
-
-
-def _describe(leaf: Any) -> jax.ShapeDtypeStruct:
-  if not isinstance(leaf, jax.ShapeDtypeStruct):
-    leaf = jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
-  if not jnp.issubdtype(leaf.dtype, jnp.floating):
-    raise TypeError(
-      f'a leaf of the parameters has dtype {leaf.dtype}: only real floating-point '
-      'parameters have curvature; leave the others out'
-    )
-  return leaf
-
-
-def _at_least_float32(leaf: Any) -> jax.Array:
-  leaf = jnp.asarray(leaf)
-  if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4:
-    return leaf.astype(jnp.float32)
-  return leaf

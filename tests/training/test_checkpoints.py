@@ -24,7 +24,10 @@ def _state(step):
   }
   stats = {'mean': jnp.full((2,), float(step))}
   opt_state = (optax.adam(0.1).init(params), {'key': jax.random.key(step)})
-  return TrainState(jnp.int32(step), params, stats, opt_state, jax.random.key(7))
+  scalars = {'rho': jnp.float32(0.1)}
+  return TrainState(
+    jnp.int32(step), params, stats, opt_state, jax.random.key(7), scalars
+  )
 
 
 def _equal(a, b):
