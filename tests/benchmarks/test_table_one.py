@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+import tasks
 from benchmarks import table_one
 from input_pipelines.labelled_arrays import LabelledArrays
 
@@ -92,3 +93,16 @@ def test_unknown_rows_are_refused(capsys):
     table_one.main(['--rows=wrn,cnn'])
   assert caught.value.code == 2
   assert '--rows has cnn: choose from wrn' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('row', table_one._ROWS, ids=lambda row: row.name)
+def test_rows_train_with_the_published_settings(row):
+  flags = dict(flag.removeprefix('--').split('=', 1) for flag in row.flags)
+  radius = float(flags['rho']) if 'rho' in flags else None
+  config = tasks.resolve(
+    table_one._TASKS[row.network], optimizer=flags['optimizer'], rho=radius
+  )
+  base = 'adam' if row.network == 'gcn' else 'momentum'
+  assert (config.base_optimizer, config.rho) == (base, radius)
+  if config.optimizer == 'asam':  # |w| of every parameter, as in the paper's code
+    assert config.hyperparameters == {'weights': 'all', 'eta': 0.0}
