@@ -48,13 +48,3 @@ def problem(train=None, dropout_rate=0.3, label_smoothing=0.1):
 def small():
   """The network, its data and the problem of both."""
   return types.SimpleNamespace(Network=SmallNetwork, split=split, problem=problem)
-
-
-@pytest.fixture(scope='session', autouse=True)
-def cache_every_program():
-  """Runs that are started over and over compile their steps once."""
-  name = 'jax_persistent_cache_min_compile_time_secs'
-  before = getattr(jax.config, name)
-  jax.config.update(name, 0.05)
-  yield
-  jax.config.update(name, before)
