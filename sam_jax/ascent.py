@@ -118,6 +118,24 @@ def check_positive(**values: int | jax.Array) -> None:
         raise ValueError(f'{name} must be at least 1, got {value}.')
 
 
+def check_finite(**values: float | jax.Array) -> None:
+  """Checks real numbers; the values of JAX arrays are not looked at.
+
+  Raises:
+    TypeError: not a number.
+    ValueError: NaN or infinite.
+  """
+  for name, value in values.items():
+    if hasattr(value, 'dtype') and not isinstance(value, (np.ndarray, np.generic)):
+      continue
+    if isinstance(value, bool) or not isinstance(
+      value, (int, float, np.ndarray, np.generic)
+    ):
+      raise TypeError(f'{name} must be a number, got {value!r}.')
+    if not np.all(np.isfinite(value)):
+      raise ValueError(f'{name} must be finite, got {value}.')
+
+
 def check_whole(**values: int) -> None:
   """Raises TypeError for what is not a whole number."""
   for name, value in values.items():
@@ -183,12 +201,16 @@ def is_off(rho: ScalarOrSchedule) -> bool:
 def where_on(
   rho: jax.Array | float, perturbed: optax.Updates, updates: optax.Updates
 ) -> optax.Updates:
-  """``perturbed`` where rho > 0, else ``updates``: a select, so NaN cannot leak."""
-  return jax.tree.map(
-    lambda p, u: jnp.where(jnp.asarray(rho) > 0, p.astype(u.dtype), u),
-    perturbed,
-    updates,
-  )
+  """``perturbed`` where rho > 0, ``updates`` where it is 0, NaN where it is neither.
+
+  These are selects, so that NaN of what is not chosen cannot leak.
+  """
+  off, on = jnp.asarray(rho) == 0, jnp.asarray(rho) > 0
+
+  def select(p, u):
+    return jnp.where(off, u, jnp.where(on, p.astype(u.dtype), jnp.nan))
+
+  return jax.tree.map(select, perturbed, updates)
 
 
 def gradient_function(
@@ -303,11 +325,16 @@ def reject(tree: optax.Updates, direction: optax.Updates) -> optax.Updates:
 
   Inner products are taken in at least float32. Where ``direction`` is zero, ``tree``.
   """
-  a, b = map(perturbations.at_least_float32, (tree, direction))
-  factor = optax.tree.vdot(a, b) * perturbations.safe_reciprocal(optax.tree.vdot(b, b))
+  (a, scale), (b, _) = map(perturbations.in_range, (tree, direction))
+  factor = _inner_product(a, b) * perturbations.safe_reciprocal(_inner_product(b, b))
   return jax.tree.map(
-    lambda x, y, like: (x - factor * y).astype(like.dtype), a, b, tree
+    lambda x, y, like: ((x - factor * y) / scale).astype(like.dtype), a, b, tree
   )
+
+
+def _inner_product(a: optax.Updates, b: optax.Updates) -> jax.Array:
+  """<a, b> as sums of products leaf by leaf: no leaf of a sharded tree is gathered."""
+  return optax.tree.sum(jax.tree.map(jnp.multiply, a, b))
 
 
 def combine(

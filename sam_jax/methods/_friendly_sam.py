@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_jax import perturbations
+from sam_jax import ascent, perturbations
 from sam_jax.methods._declare import Bounds, Radius, method
 from sam_jax.methods._sam import sam
 
@@ -53,7 +53,7 @@ def friendly_sam(
     A transformation with the state of `sam`; the average is in ``perturbation``.
 
   Raises:
-    ValueError: decay outside [0, 1], and as `sam`.
+    ValueError: decay outside [0, 1], sigma that is not finite, and as `sam`.
     TypeError: as `sam`.
 
   >>> import jax, jax.numpy as jnp, optax, sam_jax
@@ -72,6 +72,7 @@ def friendly_sam(
   """
   if isinstance(decay, (int, float)) and not 0 <= decay <= 1:
     raise ValueError(f'decay must be in [0, 1], got {decay}.')
+  ascent.check_finite(sigma=sigma)
 
   def init_fn(params):
     zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, w.dtype), params)

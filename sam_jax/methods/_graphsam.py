@@ -29,7 +29,8 @@ class GraphSamState(NamedTuple):
 
   def gradient_point(self, params: optax.Params) -> optax.Params:
     """``params + rho m / |m|``, in at least float32."""
-    return ascent.perturb(params, _on_sphere(self.average, self.next_rho))
+    eps = perturbations.on_sphere(self.average, self.next_rho)
+    return ascent.perturb(params, eps)
 
 
 @method(
@@ -76,7 +77,8 @@ def graphsam(
     update of an epoch, and the extra argument ``value`` on the others.
 
   Raises:
-    ValueError: steps_per_epoch or epochs_per_decay < 1, and as `sam`.
+    ValueError: steps_per_epoch or epochs_per_decay < 1, beta or gamma that is not
+      finite, and as `sam`.
     TypeError: as `sam`.
 
   >>> import jax, jax.numpy as jnp, optax, sam_jax
@@ -97,6 +99,7 @@ def graphsam(
     Models, 2024, algorithm 1 (arXiv:2406.13137).
   """
   ascent.check_rho(rho)
+  ascent.check_finite(beta=beta, gamma=gamma)
   ascent.check_positive(
     steps_per_epoch=steps_per_epoch, epochs_per_decay=epochs_per_decay
   )
@@ -129,10 +132,9 @@ def graphsam(
 
     def first_of_epoch():
       mean = updates if axis_name is None else jax.lax.pmean(updates, axis_name)
-      anchor = _on_sphere(perturbations.at_least_float32(mean), 1.0)
+      anchor = perturbations.on_sphere(perturbations.at_least_float32(mean))
       eps = perturbations.scale_tree(anchor, radius)
       loss, grads = evaluate(ascent.perturb(params, eps))
-      grads = ascent.where_on(radius, grads, updates)
       return jnp.asarray(loss, state.rho.dtype), grads, anchor
 
     def later():
@@ -144,8 +146,9 @@ def graphsam(
     else:
       loss, grads, average = first_of_epoch() if phase else later()
 
+    grads = ascent.where_on(radius, grads, updates)
     mean = grads if axis_name is None else jax.lax.pmean(grads, axis_name)
-    newest = _on_sphere(perturbations.at_least_float32(mean), 1.0)
+    newest = perturbations.on_sphere(perturbations.at_least_float32(mean))
     average = jax.tree.map(
       lambda m, g: (beta * m + (1 - beta) * g).astype(m.dtype), average, newest
     )
@@ -158,9 +161,3 @@ def graphsam(
     return grads, GraphSamState(*record, next_rho, average)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _on_sphere(tree: optax.Updates, radius: jax.Array | float) -> optax.Updates:
-  """``radius * tree / |tree|``; zero for a zero tree."""
-  factor = radius * perturbations.safe_reciprocal(perturbations.norm(tree))
-  return perturbations.scale_tree(tree, factor)

@@ -65,7 +65,7 @@ def looksam(
     A transformation; ``perturbed_loss`` keeps the value of the last ascent step.
 
   Raises:
-    ValueError: every < 1, and as `sam`.
+    ValueError: every < 1, alpha that is not finite, and as `sam`.
     TypeError: as `sam`.
 
   >>> import jax, jax.numpy as jnp, optax, sam_jax
@@ -84,6 +84,7 @@ def looksam(
     algorithm 1 (arXiv:2203.02714).
   """
   ascent.check_positive(every=every)
+  ascent.check_finite(alpha=alpha)
   ascend = sam(rho, perturbation=perturbation, axis_name=axis_name)
 
   def init_fn(params):
@@ -101,13 +102,14 @@ def looksam(
       return perturbed, LookSamState(*new, direction=kept)
 
     def without_ascent():
+      direction, _ = perturbations.in_range(state.direction)
       factor = (
         alpha
         * perturbations.norm(updates)
-        * perturbations.safe_reciprocal(perturbations.norm(state.direction))
+        * perturbations.safe_reciprocal(perturbations.norm(direction))
       )
       reused = jax.tree.map(
-        lambda g, v: (g + factor * v).astype(g.dtype), updates, state.direction
+        lambda g, v: (g + factor * v).astype(g.dtype), updates, direction
       )
       radius = ascent.resolve(rho, state.count)
       record = ascent.next_record(
@@ -135,6 +137,6 @@ def _sam_state(state: LookSamState) -> SamState:
 def _significant(part: optax.Updates, whole: optax.Updates) -> optax.Updates:
   """``part``, or zero where it is within rounding of ``whole``."""
   dtypes = [x.dtype for x in jax.tree.leaves(whole)]
-  epsilon = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+  epsilon = max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
   keep = perturbations.norm(part) > 100 * epsilon * perturbations.norm(whole)
   return jax.tree.map(lambda x: jnp.where(keep, x, jnp.zeros_like(x)), part)

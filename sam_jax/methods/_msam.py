@@ -33,8 +33,7 @@ class MsamState(NamedTuple):
     """``params - rho v / |v|``, in at least float32."""
     ((momentum, rho),) = self.next_rho.items()
     buffer = perturbations.at_least_float32(optax.tree.get(self.inner, momentum))
-    factor = -rho * perturbations.safe_reciprocal(perturbations.norm(buffer))
-    return ascent.perturb(params, perturbations.scale_tree(buffer, factor))
+    return ascent.perturb(params, perturbations.on_sphere(buffer, -rho))
 
 
 @method(one_gradient=True, needs_momentum=True)
@@ -107,6 +106,7 @@ def msam(
       perturbed_loss=value,
       axis_name=axis_name,
     )
+    updates = ascent.where_on(radius, updates, updates)
     updates, inner_state = inner.update(
       updates, state.inner, params, value=value, **extra_args
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
@@ -71,7 +72,8 @@ def universal_sam(
     A transformation; ``perturbed_loss`` is the mean loss over the probes.
 
   Raises:
-    ValueError: num_probes < 1, a plain ``grad_fn``, and as `sam`.
+    ValueError: num_probes < 1, lam that is not finite, a plain ``grad_fn``, and as
+      `sam`.
     TypeError: as `sam`.
 
   >>> import jax, jax.numpy as jnp, optax, sam_jax
@@ -89,6 +91,7 @@ def universal_sam(
     2024, algorithm 1 (arXiv:2406.03682).
   """
   ascent.check_rho(rho)
+  ascent.check_finite(lam=lam)
   num = ascent.static_int('num_probes', num_probes, default=1)
   sampler = probes.gaussian if sampler is None else sampler
 
@@ -312,8 +315,8 @@ def det_sam(
   References:
     Tahmasebi et al., 2024, section 4 (arXiv:2406.03682).
   """
-  if isinstance(half_width, (int, float)) and not half_width > 0:
-    raise ValueError(f'half_width must be positive, got {half_width}.')
+  if isinstance(half_width, (int, float)) and not 0 < half_width < math.inf:
+    raise ValueError(f'half_width must be positive and finite, got {half_width}.')
   return universal_sam(
     lambda x: jnp.exp(-x / 2),
     lambda s: s**-2,

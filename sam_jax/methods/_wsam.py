@@ -108,7 +108,7 @@ def decoupled_wsam(
     A transformation whose updates go straight to `optax.apply_updates`.
 
   Raises:
-    ValueError: as `wsam`.
+    ValueError: gamma outside [0, 1), a learning rate that is not finite, and as `sam`.
     TypeError: as `sam`.
 
   >>> import jax, jax.numpy as jnp, optax, sam_jax
@@ -124,6 +124,8 @@ def decoupled_wsam(
     Yue et al., 2023, algorithm 1 (arXiv:2305.15817).
   """
   weight = _weight(gamma)
+  if not callable(learning_rate):
+    ascent.check_finite(learning_rate=learning_rate)
   ascent.check_transformation(inner, 'inner')
   inner = optax.with_extra_args_support(inner)
   ascend = sam(rho, perturbation=perturbation, axis_name=axis_name)
