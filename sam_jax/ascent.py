@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sam_jax import perturbations
+from sam_jax import perturbations, varying
 
 ScalarOrSchedule = float | jax.Array | optax.Schedule
 ValueAndGrad = Callable[[optax.Params], tuple[jax.Array, optax.Updates]]
@@ -61,10 +61,14 @@ def next_record(
     perturbed_loss: the loss at w + eps-hat.
     axis_name: a mapped axis over which norm and loss are averaged, so that replicas
       that perturb on their own batches still hold one and the same state.
+
+  Raises:
+    ValueError: the updates are a sum over that axis, as `jax.shard_map` has it.
   """
   dtype = state.rho.dtype
   measured = (perturbations.norm(updates), jnp.asarray(perturbed_loss, dtype))
   if axis_name is not None:
+    varying.require(updates, axis_name)
     measured = jax.lax.pmean(measured, axis_name)
   gradient_norm, perturbed_loss = measured
   return Record(
@@ -217,6 +221,7 @@ def gradient_function(
   params: optax.Params,
   grad_fn: Callable | None,
   value_and_grad_fn: Callable | None,
+  updates: optax.Updates | None = None,
 ) -> ValueAndGrad:
   """One function ``params -> (value, grads)`` from whichever of the two was given.
 
@@ -224,6 +229,8 @@ def gradient_function(
     params: the parameters; results must have their tree structure.
     grad_fn: ``params -> grads``; the value is then 0.
     value_and_grad_fn: ``params -> (value, grads)``.
+    updates: the incoming updates. Where they are those of one replica, so are the
+      gradients taken here (see `sam_jax.varying`).
 
   Returns:
     The function. Half-precision parameters have to be handed to it in float32, or
@@ -254,6 +261,7 @@ def gradient_function(
     )
 
   def evaluate(at):
+    at = at if updates is None else varying.as_much_as(at, updates)
     if value_and_grad_fn is None:
       value, grads = jnp.zeros([], scalar_dtype(params)), grad_fn(at)
     else:

@@ -6,21 +6,34 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_jax import ascent, perturbations
+from sam_jax import ascent, perturbations, varying
 
 
-def cross_replica_mean(axis_name: str) -> optax.GradientTransformationExtraArgs:
+def cross_replica_mean(
+  axis_name: str, *, keep_varying: bool = False
+) -> optax.GradientTransformationExtraArgs:
   r"""Averages the updates over the replicas of a mapped axis.
 
   Always needed **after** a sharpness-aware method under `jax.pmap`: every replica then
   perturbs on its own batch, which is m-sharpness with m = batch / replicas. A second
   one **before** the method gives all replicas one common perturbation.
 
+  `jax.shard_map` sums the gradients of replicated parameters over the axis by itself
+  unless ``check_vma=False``. Then take them at ``jax.lax.pcast(params, axis_name,
+  to='varying')``, so that there is something to average.
+
   Args:
-    axis_name: the name given to `jax.pmap` or `jax.vmap`.
+    axis_name: the name given to `jax.pmap` or `jax.vmap`, or of a mesh axis of
+      `jax.shard_map`.
+    keep_varying: whether the mean counts as a value of each replica, which a method
+      after it needs under `jax.shard_map` with ``check_vma=True``. It changes nothing
+      elsewhere.
 
   Returns:
     A stateless transformation.
+
+  Raises:
+    ValueError: ``update`` where `jax.shard_map` has summed the gradients already.
 
   >>> import jax, jax.numpy as jnp, sam_jax
   >>> tx = sam_jax.cross_replica_mean('batch')
@@ -34,7 +47,9 @@ def cross_replica_mean(axis_name: str) -> optax.GradientTransformationExtraArgs:
 
   def update_fn(updates, state, params=None, **extra_args):
     del params, extra_args
-    return jax.lax.pmean(updates, axis_name), state
+    varying.require(updates, axis_name)
+    mean = jax.lax.pmean(updates, axis_name)
+    return (varying.as_much_as(mean, updates) if keep_varying else mean), state
 
   return optax.GradientTransformationExtraArgs(
     lambda params: optax.EmptyState(), update_fn
@@ -116,6 +131,7 @@ def m_sharpness(
 
     total = jax.tree.map(_zero, perturbations.at_least_float32((params, state)))
     groups = jnp.arange(num_groups, dtype=jnp.int32)
+    total = varying.scan_start(total, body, groups[0])
     total, _ = jax.lax.scan(body, total, groups)
     mean, new_state = jax.tree.map(lambda t: _divide(t, num_groups), total)
     return _cast_like(mean, params), _cast_like(new_state, state)

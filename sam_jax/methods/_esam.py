@@ -130,6 +130,7 @@ def esam(
       params,
       grad_fn and (lambda at: grad_fn(at, indices)),
       value_and_grad_fn and (lambda at: value_and_grad_fn(at, indices)),
+      updates,
     )
     perturbed_loss, perturbed_grads = evaluate(perturbed)
     record = ascent.next_record(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_jax import ascent, perturbations
+from sam_jax import ascent, perturbations, varying
 from sam_jax.methods._declare import Bounds, Radius, method
 
 
@@ -127,7 +127,7 @@ def graphsam(
     **extra_args,
   ):
     del extra_args
-    evaluate = ascent.gradient_function(params, grad_fn, value_and_grad_fn)
+    evaluate = ascent.gradient_function(params, grad_fn, value_and_grad_fn, updates)
     radius = jnp.asarray(radius_at(state.count), state.rho.dtype)
 
     def first_of_epoch():
@@ -142,7 +142,7 @@ def graphsam(
 
     if phase is None:
       is_first = state.count % steps_per_epoch == 0
-      loss, grads, average = jax.lax.cond(is_first, first_of_epoch, later)
+      loss, grads, average = varying.cond(is_first, first_of_epoch, later)
     else:
       loss, grads, average = first_of_epoch() if phase else later()
 

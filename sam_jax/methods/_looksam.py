@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_jax import ascent, perturbations
+from sam_jax import ascent, perturbations, varying
 from sam_jax.methods._declare import Bounds, Radius, method
 from sam_jax.methods._sam import SamState, sam
 
@@ -124,7 +124,7 @@ def looksam(
 
     if phase is None:
       ascends = state.count % every == 0
-      return jax.lax.cond(ascends, with_ascent, without_ascent)
+      return varying.cond(ascends, with_ascent, without_ascent)
     return with_ascent() if phase else without_ascent()
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -97,7 +97,7 @@ def sam(
   def update_fn(
     updates, state, params=None, *, grad_fn=None, value_and_grad_fn=None, **extra_args
   ):
-    evaluate = ascent.gradient_function(params, grad_fn, value_and_grad_fn)
+    evaluate = ascent.gradient_function(params, grad_fn, value_and_grad_fn, updates)
     if ascent.is_off(rho):
       record = ascent.next_record(state, rho=0.0, updates=updates, axis_name=axis_name)
       return updates, SamState(*record, state.perturbation)

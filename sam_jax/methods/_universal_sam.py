@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_jax import ascent, perturbations, probes
+from sam_jax import ascent, perturbations, probes, varying
 from sam_jax.methods._declare import Bounds, Radius, method
 
 _FLAGS = {
@@ -106,7 +106,7 @@ def universal_sam(
         'exactly one of grad_fn and value_and_grad_fn is required, and here it has '
         'to be value_and_grad_fn(params) -> (value, grads): probes compare losses.'
       )
-    evaluate = ascent.gradient_function(params, None, value_and_grad_fn)
+    evaluate = ascent.gradient_function(params, None, value_and_grad_fn, updates)
     if value is None:
       value, _ = evaluate(params)
     radius = ascent.resolve(rho, state.count)
@@ -123,6 +123,8 @@ def universal_sam(
       return jax.tree.map(lambda *x: sum(x) / len(signs), *points)
 
     losses, grads = zip(*map(probe, probe_keys), strict=True)
+    for name in varying.axes(losses[0]):  # losses of one replica weigh its gradients
+      varying.require(updates, name)
     on = jnp.asarray(radius) > 0
     squared = jnp.where(on, radius, 1) ** 2
     x = (jnp.stack(losses) - value) / squared
