@@ -75,8 +75,7 @@ def friendly_sam(
   ascent.check_finite(sigma=sigma)
 
   def init_fn(params):
-    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, w.dtype), params)
-    return FriendlyState(jnp.zeros([], bool), zeros)
+    return FriendlyState(jnp.zeros([], bool), jax.tree.map(jnp.zeros_like, params))
 
   def update_fn(updates, state, params=None, **extra_args):
     del params, extra_args

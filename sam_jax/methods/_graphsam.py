@@ -110,9 +110,7 @@ def graphsam(
 
   def init_fn(params):
     record = ascent.init_record(params)
-    average = jax.tree.map(
-      lambda w: jnp.zeros(w.shape, w.dtype), perturbations.at_least_float32(params)
-    )
+    average = jax.tree.map(jnp.zeros_like, perturbations.at_least_float32(params))
     return GraphSamState(*record, jnp.zeros_like(record.rho), average)
 
   def update_fn(
