@@ -39,9 +39,12 @@ class Record(NamedTuple):
 
 
 def init_record(params: optax.Params) -> Record:
-  """All zero, in the widest dtype among float32 and those of ``params``."""
-  zero = jnp.zeros([], scalar_dtype(params))
-  return Record(jnp.zeros([], jnp.int32), zero, zero, zero)
+  """All zero, in the widest dtype among float32 and those of ``params``.
+
+  Each scalar is a buffer of its own, so that the state can be donated.
+  """
+  dtype = scalar_dtype(params)
+  return Record(jnp.zeros([], jnp.int32), *(jnp.zeros([], dtype) for _ in range(3)))
 
 
 def next_record(
