@@ -42,9 +42,26 @@ def init_record(params: optax.Params) -> Record:
   """All zero, in the widest dtype among float32 and those of ``params``.
 
   Each scalar is a buffer of its own, so that the state can be donated.
+
+  Raises:
+    TypeError: a leaf of params is not real.
   """
+  for path, leaf in jax.tree.leaves_with_path(params):
+    found = jnp.result_type(leaf)
+    if not jnp.issubdtype(found, jnp.floating):
+      raise TypeError(
+        f'params must be real floating-point numbers, got {found} at '
+        f'{jax.tree_util.keystr(path) or "the root"}: {_mend(found)}.'
+      )
   dtype = scalar_dtype(params)
   return Record(jnp.zeros([], jnp.int32), *(jnp.zeros([], dtype) for _ in range(3)))
+
+
+def _mend(dtype: jnp.dtype) -> str:
+  """What to do with leaves that are no parameters."""
+  if jnp.issubdtype(dtype, jnp.complexfloating):
+    return 'hold the real and the imaginary part as two leaves'
+  return 'keep what is not trained out of params'
 
 
 def next_record(
@@ -84,9 +101,28 @@ def next_record(
 
 def scalar_dtype(params: optax.Params) -> jnp.dtype:
   """float32, or float64 where the parameters are."""
-  dtypes = [x.dtype for x in jax.tree.leaves(params)]
+  dtypes = [jnp.result_type(x) for x in jax.tree.leaves(params)]
   floating = [d for d in dtypes if jnp.issubdtype(d, jnp.floating)]
   return jnp.result_type(jnp.float32, *floating)
+
+
+def zeros_like(params: optax.Params) -> optax.Params:
+  """Zeros of the shapes, dtypes and shardings of params."""
+
+  def zeros(x):
+    return jnp.zeros_like(x, dtype=jnp.result_type(x))
+
+  return jax.tree.map(zeros, params)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+  """Floating-point leaves in the dtypes of others; keys and counts as they are."""
+
+  def cast(x, y):
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(jnp.result_type(y)) if floating else x
+
+  return jax.tree.map(cast, tree, like)
 
 
 def check_rho(rho: ScalarOrSchedule, name: str = 'rho') -> None:
@@ -316,6 +352,32 @@ def _check_like(grads: optax.Updates, params: optax.Params, name: str) -> None:
         f'{jax.tree_util.keystr(path) or "the root"} expected {jnp.shape(parameter)}, '
         f'got {jnp.shape(gradient)}.'
       )
+
+
+def perturbed_and_clean(
+  method: optax.GradientTransformationExtraArgs,
+  updates: optax.Updates,
+  state: Any,
+  params: optax.Params,
+  **extra_args: Any,
+) -> tuple[optax.Updates, optax.Updates, Any]:
+  """A method's result and the clean gradient, to be subtracted from one another.
+
+  In half precision the rounding of the clean gradient is as large as the difference.
+  Then it is taken once more, in float32 as the perturbed one, which costs a gradient.
+
+  Returns:
+    Both in at least float32, and the new state.
+  """
+  wide = perturbations.at_least_float32(updates)
+  perturbed, new_state = method.update(wide, state, params, **extra_args)
+  same = jax.tree.map(lambda x, y: x.dtype == y.dtype, updates, wide)
+  if all(jax.tree.leaves(same)):
+    return perturbed, updates, new_state
+  functions = (extra_args.get(name) for name in ('grad_fn', 'value_and_grad_fn'))
+  evaluate = gradient_function(params, *functions, updates)
+  _, clean = evaluate(perturbations.at_least_float32(params))
+  return perturbed, clean, new_state
 
 
 def perturb(params: optax.Params, eps: optax.Updates) -> optax.Params:

@@ -206,9 +206,14 @@ def scale_tree(tree: optax.Updates, factor: jax.Array) -> optax.Updates:
 
 
 def at_least_float32(tree: Any) -> Any:
-  """Casts half-precision leaves to float32; works on `jax.ShapeDtypeStruct` too."""
+  """Casts half-precision leaves to float32; works on `jax.ShapeDtypeStruct` too.
+
+  Python numbers become arrays.
+  """
 
   def cast(x):
+    if not hasattr(x, 'dtype'):
+      return jnp.asarray(x, jnp.result_type(x))
     if not jnp.issubdtype(x.dtype, jnp.floating) or jnp.finfo(x.dtype).bits >= 32:
       return x
     if isinstance(x, jax.ShapeDtypeStruct):

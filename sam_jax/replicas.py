@@ -134,18 +134,9 @@ def m_sharpness(
     total = varying.scan_start(total, body, groups[0])
     total, _ = jax.lax.scan(body, total, groups)
     mean, new_state = jax.tree.map(lambda t: _divide(t, num_groups), total)
-    return _cast_like(mean, params), _cast_like(new_state, state)
+    return ascent.cast_like(mean, params), ascent.cast_like(new_state, state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _cast_like(tree, like):
-  """Floating-point leaves in the dtypes of others; keys and counts as they are."""
-  return jax.tree.map(
-    lambda x, y: x.astype(y.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
-    tree,
-    like,
-  )
 
 
 def _zero(x: jax.Array) -> jax.Array:

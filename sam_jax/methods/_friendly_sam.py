@@ -75,7 +75,7 @@ def friendly_sam(
   ascent.check_finite(sigma=sigma)
 
   def init_fn(params):
-    return FriendlyState(jnp.zeros([], bool), jax.tree.map(jnp.zeros_like, params))
+    return FriendlyState(jnp.zeros([], bool), ascent.zeros_like(params))
 
   def update_fn(updates, state, params=None, **extra_args):
     del params, extra_args

@@ -133,6 +133,7 @@ def graphsam(
       anchor = perturbations.on_sphere(perturbations.at_least_float32(mean))
       eps = perturbations.scale_tree(anchor, radius)
       loss, grads = evaluate(ascent.perturb(params, eps))
+      grads = ascent.cast_like(grads, updates)
       return jnp.asarray(loss, state.rho.dtype), grads, anchor
 
     def later():
@@ -156,6 +157,8 @@ def graphsam(
     anchors_next = record.count % steps_per_epoch == 0
     next_rho = jnp.where(anchors_next, 0, radius_at(record.count))
     next_rho = next_rho.astype(record.rho.dtype)
+    # Taken at a point in float32, also where the parameters are half-precision.
+    grads = ascent.cast_like(grads, params)
     return grads, GraphSamState(*record, next_rho, average)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -45,7 +45,8 @@ def looksam(
 
   Cost: 1 + 1/k gradients an update. :math:`g_v` counts as zero where
   :math:`\|g_v\| \le 100 \, \epsilon_{machine} \|g_p\|`: below that it is rounding
-  noise, which the rescaling would turn into a direction.
+  noise, which the rescaling would turn into a direction. Half-precision clean gradients
+  are taken once more in float32 on an ascent step, because of that noise.
 
   ``tx.update`` takes ``phase``: True for an update with the ascent step, False for one
   without, None (the default) to decide by `jax.lax.cond` on the count. A Python bool
@@ -89,16 +90,19 @@ def looksam(
 
   def init_fn(params):
     state = ascend.init(params)
-    return LookSamState(*state, direction=jax.tree.map(jnp.zeros_like, params))
+    return LookSamState(*state, direction=ascent.zeros_like(params))
 
   def update_fn(updates, state, params=None, *, phase=None, **extra_args):
 
     def with_ascent():
-      perturbed, new = ascend.update(updates, _sam_state(state), params, **extra_args)
-      kept = _significant(ascent.reject(perturbed, updates), perturbed)
+      perturbed, clean, new = ascent.perturbed_and_clean(
+        ascend, updates, _sam_state(state), params, **extra_args
+      )
+      kept = _significant(ascent.reject(perturbed, clean), perturbed)
       if axis_name is not None:
         kept = jax.lax.pmean(kept, axis_name)
-      kept = optax.tree.cast_like(kept, state.direction)
+      kept = ascent.cast_like(kept, state.direction)
+      perturbed = ascent.where_on(new.rho, perturbed, updates)
       return perturbed, LookSamState(*new, direction=kept)
 
     def without_ascent():

@@ -107,6 +107,9 @@ def msam(
       axis_name=axis_name,
     )
     updates = ascent.where_on(radius, updates, updates)
+    # Taken at a point in float32, also where the base holds half-precision leaves.
+    held = optax.tree.get(state.inner, buffer) if params is None else params
+    updates = ascent.cast_like(updates, held)
     updates, inner_state = inner.update(
       updates, state.inner, params, value=value, **extra_args
     )

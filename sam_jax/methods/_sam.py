@@ -91,8 +91,9 @@ def sam(
   perturbation = optax.with_extra_args_support(perturbation)
 
   def init_fn(params):
+    record = ascent.init_record(params)
     inner = perturbation.init(perturbations.at_least_float32(params))
-    return SamState(*ascent.init_record(params), inner)
+    return SamState(*record, inner)
 
   def update_fn(
     updates, state, params=None, *, grad_fn=None, value_and_grad_fn=None, **extra_args
