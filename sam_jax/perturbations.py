@@ -200,6 +200,13 @@ def safe_reciprocal(value: jax.Array) -> jax.Array:
   return jnp.where(zero, 0, 1 / jnp.where(zero, 1, value))
 
 
+def where_finite(tree: optax.Updates, otherwise: optax.Updates) -> optax.Updates:
+  """``tree`` if all of it is finite, else all of ``otherwise``, of the same dtypes."""
+  finite = jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), tree)
+  yes = jax.tree.reduce(jnp.logical_and, finite, True)
+  return jax.tree.map(lambda x, y: jnp.where(yes, x, y), tree, otherwise)
+
+
 def scale_tree(tree: optax.Updates, factor: jax.Array) -> optax.Updates:
   """``factor * tree``, each leaf in its own dtype."""
   return jax.tree.map(lambda x: (factor * x).astype(x.dtype), tree)

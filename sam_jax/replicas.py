@@ -68,7 +68,8 @@ def m_sharpness(
   ``grad_fn(params, group)`` or ``value_and_grad_fn(params, group)`` with ``group`` an
   int32 scalar in ``[0, num_groups)`` that picks the examples; for groups of unequal
   size the function scales its mean loss by ``count * num_groups / total``. The incoming
-  updates are ignored, so the caller need not take the clean gradient.
+  updates are ignored, so the caller need not take the clean gradient, and so is a
+  ``value``: each group has its own loss.
 
   Args:
     inner: a method that starts from the clean gradient, `sam` for instance; so not
@@ -123,8 +124,11 @@ def m_sharpness(
         'grad_fn': at_group(grad_fn),
         'value_and_grad_fn': at_group(value_and_grad_fn),
       }
-      _, grads = ascent.gradient_function(params, **functions)(params)
-      return inner.update(grads, state, params, **functions, **extra_args)
+      loss, grads = ascent.gradient_function(params, **functions)(params)
+      # The caller's value is that of the whole batch.
+      others = {name: x for name, x in extra_args.items() if name != 'value'}
+      own = {} if value_and_grad_fn is None else {'value': loss}
+      return inner.update(grads, state, params, **functions, **others, **own)
 
     def body(total, group):
       return jax.tree.map(_accumulate, total, one_group(group)), None

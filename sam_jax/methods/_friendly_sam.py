@@ -89,8 +89,11 @@ def friendly_sam(
     )
     moved = jax.tree.map(lambda g, m: decay * m + (1 - decay) * g, mean, state.average)
     average = after_first(moved, mean)
+    # One gradient that is not finite must not stay in the average for ever.
+    new = (jnp.ones([], bool), average)
+    kept = FriendlyState(*perturbations.where_finite(new, tuple(state)))
     eps, _ = unit.update(direction, optax.EmptyState())
-    return eps, FriendlyState(jnp.ones([], bool), average)
+    return eps, kept
 
   unit = perturbations.global_norm()
   perturbation = optax.GradientTransformationExtraArgs(init_fn, update_fn)

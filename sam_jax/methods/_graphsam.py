@@ -151,6 +151,8 @@ def graphsam(
     average = jax.tree.map(
       lambda m, g: (beta * m + (1 - beta) * g).astype(m.dtype), average, newest
     )
+    # One gradient that is not finite must not stay in the average for ever.
+    average = perturbations.where_finite(average, state.average)
     record = ascent.next_record(
       state, rho=radius, updates=updates, perturbed_loss=loss, axis_name=axis_name
     )

@@ -102,6 +102,7 @@ def looksam(
       if axis_name is not None:
         kept = jax.lax.pmean(kept, axis_name)
       kept = ascent.cast_like(kept, state.direction)
+      kept = perturbations.where_finite(kept, state.direction)
       perturbed = ascent.where_on(new.rho, perturbed, updates)
       return perturbed, LookSamState(*new, direction=kept)
 
