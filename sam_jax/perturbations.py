@@ -72,7 +72,9 @@ def adaptive(
     eta: added to :math:`|w|`, in the units of the parameters; at least 0.
     weights: which leaves are weights: None for those with two or more axes, True for
       all, a tree of bools like the parameters, or a function from the parameters to
-      such a tree.
+      such a tree. The paper sets weights apart from biases. The authors' code goes by
+      the name ``weight``, so that the scales of normalization layers are weights too,
+      which they are not with None; a tree or a function gives that rule.
 
   Returns:
     A stateless transformation; its ``update`` requires ``params``.

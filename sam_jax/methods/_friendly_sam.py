@@ -39,7 +39,9 @@ def friendly_sam(
             \hat\epsilon = \rho \, d_t / \|d_t\|, \qquad
             m_t = \lambda m_{t-1} + (1 - \lambda) g_t
 
-  The first update is plain SAM and sets :math:`m_0 = g_0`.
+  The first update is plain SAM and sets :math:`m_0 = g_0`. This is the order of the
+  authors' code. Algorithm 1 of the paper updates the average first and takes
+  :math:`m_t` in place of :math:`m_{t-1}`, which holds a part of :math:`g_t` itself.
 
   Args:
     rho: radius of the perturbation in the units of the parameters. It is a number, a
@@ -67,7 +69,7 @@ def friendly_sam(
   [4.0, -4.0]
 
   References:
-    Li et al., Friendly Sharpness-Aware Minimization, 2024, algorithm 1
+    Li et al., Friendly Sharpness-Aware Minimization, 2024
     (arXiv:2403.12350).
   """
   if isinstance(decay, (int, float)) and not 0 <= decay <= 1:

@@ -55,7 +55,12 @@ def graphsam(
   .. math:: m \leftarrow \beta m + (1 - \beta) g_s / \|g_s\|, \qquad
             \hat\epsilon = \rho \gamma^{\lfloor epoch / \lambda \rfloor} m / \|m\|
 
-  Norms are over the whole tree. The caller takes the incoming gradient at
+  Norms are over the whole tree. The authors' code takes them leaf by leaf and anchors
+  on the raw :math:`g`; with an anchor of unit norm :math:`\beta` weighs alike whatever
+  the size of the gradient. The radius of a point is fixed by the update before it: a
+  schedule of rho allows for that, an injected rho lags by one update.
+
+  The caller takes the incoming gradient at
   ``sam_jax.gradient_point(opt_state, params)``: w on the first update of an epoch,
   w + eps-hat on the others. Cost: 1 + 1 / steps_per_epoch gradients an update.
 

@@ -51,7 +51,11 @@ def msam(
 
   It wraps the base chain, because it reads its buffer v. The caller takes the gradient
   at ``sam_jax.gradient_point(opt_state, params)``; evaluation uses ``params``
-  themselves, which stay unperturbed.
+  themselves, which stay unperturbed. The radius of a point is fixed by the update
+  before it: a schedule of rho allows for that, an injected rho lags by one update.
+
+  Weight decay in ``inner`` takes w, as in every chain. The authors' code takes the
+  perturbed weights; an L2 term in the loss, whose gradient is taken there, does so.
 
   Args:
     inner: the base chain with a momentum buffer, learning rate and all.
