@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sam_jax import perturbations
+from sam_jax import perturbations, varying
 
 ScalarOrSchedule = float | jax.Array | optax.Schedule
 ValueAndGrad = Callable[[optax.Params], tuple[jax.Array, optax.Updates]]
@@ -39,9 +39,29 @@ class Record(NamedTuple):
 
 
 def init_record(params: optax.Params) -> Record:
-  """All zero, in the widest dtype among float32 and those of ``params``."""
-  zero = jnp.zeros([], scalar_dtype(params))
-  return Record(jnp.zeros([], jnp.int32), zero, zero, zero)
+  """All zero, in the widest dtype among float32 and those of ``params``.
+
+  Each scalar is a buffer of its own, so that the state can be donated.
+
+  Raises:
+    TypeError: a leaf of params is not real.
+  """
+  for path, leaf in jax.tree.leaves_with_path(params):
+    found = jnp.result_type(leaf)
+    if not jnp.issubdtype(found, jnp.floating):
+      raise TypeError(
+        f'params must be real floating-point numbers, got {found} at '
+        f'{jax.tree_util.keystr(path) or "the root"}: {_mend(found)}.'
+      )
+  dtype = scalar_dtype(params)
+  return Record(jnp.zeros([], jnp.int32), *(jnp.zeros([], dtype) for _ in range(3)))
+
+
+def _mend(dtype: jnp.dtype) -> str:
+  """What to do with leaves that are no parameters."""
+  if jnp.issubdtype(dtype, jnp.complexfloating):
+    return 'hold the real and the imaginary part as two leaves'
+  return 'keep what is not trained out of params'
 
 
 def next_record(
@@ -61,10 +81,14 @@ def next_record(
     perturbed_loss: the loss at w + eps-hat.
     axis_name: a mapped axis over which norm and loss are averaged, so that replicas
       that perturb on their own batches still hold one and the same state.
+
+  Raises:
+    ValueError: the updates are a sum over that axis, as `jax.shard_map` has it.
   """
   dtype = state.rho.dtype
   measured = (perturbations.norm(updates), jnp.asarray(perturbed_loss, dtype))
   if axis_name is not None:
+    varying.require(updates, axis_name)
     measured = jax.lax.pmean(measured, axis_name)
   gradient_norm, perturbed_loss = measured
   return Record(
@@ -77,9 +101,28 @@ def next_record(
 
 def scalar_dtype(params: optax.Params) -> jnp.dtype:
   """float32, or float64 where the parameters are."""
-  dtypes = [x.dtype for x in jax.tree.leaves(params)]
+  dtypes = [jnp.result_type(x) for x in jax.tree.leaves(params)]
   floating = [d for d in dtypes if jnp.issubdtype(d, jnp.floating)]
   return jnp.result_type(jnp.float32, *floating)
+
+
+def zeros_like(params: optax.Params) -> optax.Params:
+  """Zeros of the shapes, dtypes and shardings of params."""
+
+  def zeros(x):
+    return jnp.zeros_like(x, dtype=jnp.result_type(x))
+
+  return jax.tree.map(zeros, params)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+  """Floating-point leaves in the dtypes of others; keys and counts as they are."""
+
+  def cast(x, y):
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(jnp.result_type(y)) if floating else x
+
+  return jax.tree.map(cast, tree, like)
 
 
 def check_rho(rho: ScalarOrSchedule, name: str = 'rho') -> None:
@@ -116,6 +159,24 @@ def check_positive(**values: int | jax.Array) -> None:
       check_whole(**{name: value})
       if value < 1:
         raise ValueError(f'{name} must be at least 1, got {value}.')
+
+
+def check_finite(**values: float | jax.Array) -> None:
+  """Checks real numbers; the values of JAX arrays are not looked at.
+
+  Raises:
+    TypeError: not a number.
+    ValueError: NaN or infinite.
+  """
+  for name, value in values.items():
+    if hasattr(value, 'dtype') and not isinstance(value, (np.ndarray, np.generic)):
+      continue
+    if isinstance(value, bool) or not isinstance(
+      value, (int, float, np.ndarray, np.generic)
+    ):
+      raise TypeError(f'{name} must be a number, got {value!r}.')
+    if not np.all(np.isfinite(value)):
+      raise ValueError(f'{name} must be finite, got {value}.')
 
 
 def check_whole(**values: int) -> None:
@@ -183,18 +244,23 @@ def is_off(rho: ScalarOrSchedule) -> bool:
 def where_on(
   rho: jax.Array | float, perturbed: optax.Updates, updates: optax.Updates
 ) -> optax.Updates:
-  """``perturbed`` where rho > 0, else ``updates``: a select, so NaN cannot leak."""
-  return jax.tree.map(
-    lambda p, u: jnp.where(jnp.asarray(rho) > 0, p.astype(u.dtype), u),
-    perturbed,
-    updates,
-  )
+  """``perturbed`` where rho > 0, ``updates`` where it is 0, NaN where it is neither.
+
+  These are selects, so that NaN of what is not chosen cannot leak.
+  """
+  off, on = jnp.asarray(rho) == 0, jnp.asarray(rho) > 0
+
+  def select(p, u):
+    return jnp.where(off, u, jnp.where(on, p.astype(u.dtype), jnp.nan))
+
+  return jax.tree.map(select, perturbed, updates)
 
 
 def gradient_function(
   params: optax.Params,
   grad_fn: Callable | None,
   value_and_grad_fn: Callable | None,
+  updates: optax.Updates | None = None,
 ) -> ValueAndGrad:
   """One function ``params -> (value, grads)`` from whichever of the two was given.
 
@@ -202,6 +268,8 @@ def gradient_function(
     params: the parameters; results must have their tree structure.
     grad_fn: ``params -> grads``; the value is then 0.
     value_and_grad_fn: ``params -> (value, grads)``.
+    updates: the incoming updates. Where they are those of one replica, so are the
+      gradients taken here (see `sam_jax.varying`).
 
   Returns:
     The function. Half-precision parameters have to be handed to it in float32, or
@@ -232,6 +300,7 @@ def gradient_function(
     )
 
   def evaluate(at):
+    at = at if updates is None else varying.as_much_as(at, updates)
     if value_and_grad_fn is None:
       value, grads = jnp.zeros([], scalar_dtype(params)), grad_fn(at)
     else:
@@ -285,6 +354,32 @@ def _check_like(grads: optax.Updates, params: optax.Params, name: str) -> None:
       )
 
 
+def perturbed_and_clean(
+  method: optax.GradientTransformationExtraArgs,
+  updates: optax.Updates,
+  state: Any,
+  params: optax.Params,
+  **extra_args: Any,
+) -> tuple[optax.Updates, optax.Updates, Any]:
+  """A method's result and the clean gradient, to be subtracted from one another.
+
+  In half precision the rounding of the clean gradient is as large as the difference.
+  Then it is taken once more, in float32 as the perturbed one, which costs a gradient.
+
+  Returns:
+    Both in at least float32, and the new state.
+  """
+  wide = perturbations.at_least_float32(updates)
+  perturbed, new_state = method.update(wide, state, params, **extra_args)
+  same = jax.tree.map(lambda x, y: x.dtype == y.dtype, updates, wide)
+  if all(jax.tree.leaves(same)):
+    return perturbed, updates, new_state
+  functions = (extra_args.get(name) for name in ('grad_fn', 'value_and_grad_fn'))
+  evaluate = gradient_function(params, *functions, updates)
+  _, clean = evaluate(perturbations.at_least_float32(params))
+  return perturbed, clean, new_state
+
+
 def perturb(params: optax.Params, eps: optax.Updates) -> optax.Params:
   """``params + eps`` in at least float32.
 
@@ -303,11 +398,16 @@ def reject(tree: optax.Updates, direction: optax.Updates) -> optax.Updates:
 
   Inner products are taken in at least float32. Where ``direction`` is zero, ``tree``.
   """
-  a, b = map(perturbations.at_least_float32, (tree, direction))
-  factor = optax.tree.vdot(a, b) * perturbations.safe_reciprocal(optax.tree.vdot(b, b))
+  (a, scale), (b, _) = map(perturbations.in_range, (tree, direction))
+  factor = _inner_product(a, b) * perturbations.safe_reciprocal(_inner_product(b, b))
   return jax.tree.map(
-    lambda x, y, like: (x - factor * y).astype(like.dtype), a, b, tree
+    lambda x, y, like: ((x - factor * y) / scale).astype(like.dtype), a, b, tree
   )
+
+
+def _inner_product(a: optax.Updates, b: optax.Updates) -> jax.Array:
+  """<a, b> as sums of products leaf by leaf: no leaf of a sharded tree is gathered."""
+  return optax.tree.sum(jax.tree.map(jnp.multiply, a, b))
 
 
 def combine(

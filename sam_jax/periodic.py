@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import optax
 
-from sam_jax import ascent
+from sam_jax import ascent, varying
 
 
 def periodic(
@@ -85,7 +84,7 @@ def periodic(
       runs = (since >= 0) & (since % every == 0)
       if stop is not None:
         runs &= state.count < jnp.int32(stop)
-      return jax.lax.cond(runs, active, passive)
+      return varying.cond(runs, active, passive)
     return active() if phase else passive()
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

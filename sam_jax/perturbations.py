@@ -16,6 +16,8 @@ Each one is an ordinary `optax.GradientTransformationExtraArgs` and composes as 
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +51,7 @@ def global_norm() -> optax.GradientTransformationExtraArgs:
 
   def update_fn(updates, params=None, **extra_args):
     del params, extra_args
-    return scale_tree(updates, safe_reciprocal(norm(updates)))
+    return on_sphere(updates)
 
   return _stateless(update_fn)
 
@@ -70,7 +72,9 @@ def adaptive(
     eta: added to :math:`|w|`, in the units of the parameters; at least 0.
     weights: which leaves are weights: None for those with two or more axes, True for
       all, a tree of bools like the parameters, or a function from the parameters to
-      such a tree.
+      such a tree. The paper sets weights apart from biases. The authors' code goes by
+      the name ``weight``, so that the scales of normalization layers are weights too,
+      which they are not with None; a tree or a function gives that rule.
 
   Returns:
     A stateless transformation; its ``update`` requires ``params``.
@@ -89,8 +93,10 @@ def adaptive(
     Kwon et al., ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant
     Learning of Deep Neural Networks, 2021, eq. 4 and section 3.1 (arXiv:2102.11600).
   """
-  if isinstance(eta, (int, float)) and not eta >= 0:
-    raise ValueError(f'eta must be at least 0, got {eta}: eta is added to |w|.')
+  if isinstance(eta, (int, float)) and not 0 <= eta < math.inf:
+    raise ValueError(
+      f'eta must be at least 0 and finite, got {eta}: eta is added to |w|.'
+    )
 
   def update_fn(updates, params=None, **extra_args):
     del extra_args
@@ -103,7 +109,8 @@ def adaptive(
     operator = jax.tree.map(
       lambda w, yes: jnp.abs(w) + eta if yes else jnp.ones_like(w), params, is_weight
     )
-    scaled = jax.tree.map(jnp.multiply, operator, updates)
+    updates, _ = in_range(updates)
+    scaled, _ = in_range(jax.tree.map(jnp.multiply, operator, updates))
     direction = jax.tree.map(jnp.multiply, operator, scaled)
     return scale_tree(direction, safe_reciprocal(norm(scaled)))
 
@@ -144,14 +151,62 @@ def weights_mask(weights: WeightsMask, params: optax.Params) -> Any:
 
 
 def norm(tree: optax.Updates) -> jax.Array:
-  """The l2 norm over a whole tree, summed in at least float32 (bf16 would round)."""
-  return optax.tree.norm(at_least_float32(tree))
+  """The l2 norm over a whole tree, summed in at least float32 (bf16 would round).
+
+  Squares neither overflow nor underflow: see `in_range`.
+  """
+  scaled, scale = in_range(tree)
+  return optax.tree.norm(scaled) / scale
+
+
+def on_sphere(tree: optax.Updates, radius: jax.Array | float = 1.0) -> optax.Updates:
+  """``radius * tree / |tree|``, each leaf in its own dtype; zero for a zero tree."""
+  scaled, _ = in_range(tree)
+  factor = radius * safe_reciprocal(optax.tree.norm(scaled))
+  return jax.tree.map(lambda x, like: (factor * x).astype(like.dtype), scaled, tree)
+
+
+def in_range(tree: optax.Updates) -> tuple[optax.Updates, jax.Array]:
+  r"""A multiple of a tree whose squares neither overflow nor underflow.
+
+  .. math:: (2^k t, \; 2^k), \qquad k = 0 \text{ for entries of ordinary size}
+
+  In float32 the largest entry is ordinary between 2^-32 and 2^32. A power of two costs
+  no digit, so that results for ordinary entries are those without it, bit for bit.
+
+  Args:
+    tree: floating-point leaves; those narrower than float32 are widened to it.
+
+  Returns:
+    The scaled tree and the scale.
+  """
+  tree = at_least_float32(tree)
+  leaves = [x for x in jax.tree.leaves(tree) if x.size]
+  if not leaves:
+    return tree, jnp.ones([], jnp.float32)
+  dtype = jnp.result_type(jnp.float32, *(x.dtype for x in leaves))
+  sizes = [jax.lax.stop_gradient(jnp.max(jnp.abs(x))).astype(dtype) for x in leaves]
+  largest = functools.reduce(jnp.maximum, sizes)
+  ordinary = 2.0 ** (jnp.finfo(dtype).maxexp // 4)
+  shift = 2.0 ** (jnp.finfo(dtype).maxexp * 5 // 8)
+  scale = jnp.where(largest > ordinary, 1 / shift, 1.0)
+  # Not for zeros: if they are constants, XLA squares the scale by itself and overflows.
+  small = (largest > 0) & (largest < 1 / ordinary)
+  scale = jnp.where(small, shift, scale).astype(dtype)
+  return jax.tree.map(lambda x: scale * x, tree), scale
 
 
 def safe_reciprocal(value: jax.Array) -> jax.Array:
-  """``1 / value``, and 0 where the value is 0: no NaN in either branch."""
-  positive = value > 0
-  return jnp.where(positive, 1 / jnp.where(positive, value, 1), 0)
+  """``1 / value``, and 0 where the value is 0: no division by zero in either branch."""
+  zero = value == 0
+  return jnp.where(zero, 0, 1 / jnp.where(zero, 1, value))
+
+
+def where_finite(tree: optax.Updates, otherwise: optax.Updates) -> optax.Updates:
+  """``tree`` if all of it is finite, else all of ``otherwise``, of the same dtypes."""
+  finite = jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), tree)
+  yes = jax.tree.reduce(jnp.logical_and, finite, True)
+  return jax.tree.map(lambda x, y: jnp.where(yes, x, y), tree, otherwise)
 
 
 def scale_tree(tree: optax.Updates, factor: jax.Array) -> optax.Updates:
@@ -160,9 +215,14 @@ def scale_tree(tree: optax.Updates, factor: jax.Array) -> optax.Updates:
 
 
 def at_least_float32(tree: Any) -> Any:
-  """Casts half-precision leaves to float32; works on `jax.ShapeDtypeStruct` too."""
+  """Casts half-precision leaves to float32; works on `jax.ShapeDtypeStruct` too.
+
+  Python numbers become arrays.
+  """
 
   def cast(x):
+    if not hasattr(x, 'dtype'):
+      return jnp.asarray(x, jnp.result_type(x))
     if not jnp.issubdtype(x.dtype, jnp.floating) or jnp.finfo(x.dtype).bits >= 32:
       return x
     if isinstance(x, jax.ShapeDtypeStruct):

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 
 Sampler = Callable[[jax.Array, optax.Params], optax.Params]
 
 
 def typed_key(key: jax.Array | int) -> jax.Array:
-  """A typed key from one, or from a seed (a number, possibly injected)."""
+  """A typed key from one, or from a seed (a number, possibly injected).
+
+  It is a copy, so that a state which holds it can be donated.
+  """
   dtype = getattr(key, 'dtype', None)
   if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
-    return key
+    return jnp.array(key, copy=True)
   return jax.random.key(key)
 
 

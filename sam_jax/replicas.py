@@ -6,21 +6,34 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_jax import ascent, perturbations
+from sam_jax import ascent, perturbations, varying
 
 
-def cross_replica_mean(axis_name: str) -> optax.GradientTransformationExtraArgs:
+def cross_replica_mean(
+  axis_name: str, *, keep_varying: bool = False
+) -> optax.GradientTransformationExtraArgs:
   r"""Averages the updates over the replicas of a mapped axis.
 
   Always needed **after** a sharpness-aware method under `jax.pmap`: every replica then
   perturbs on its own batch, which is m-sharpness with m = batch / replicas. A second
   one **before** the method gives all replicas one common perturbation.
 
+  `jax.shard_map` sums the gradients of replicated parameters over the axis by itself
+  unless ``check_vma=False``. Then take them at ``jax.lax.pcast(params, axis_name,
+  to='varying')``, so that there is something to average.
+
   Args:
-    axis_name: the name given to `jax.pmap` or `jax.vmap`.
+    axis_name: the name given to `jax.pmap` or `jax.vmap`, or of a mesh axis of
+      `jax.shard_map`.
+    keep_varying: whether the mean counts as a value of each replica, which a method
+      after it needs under `jax.shard_map` with ``check_vma=True``. It changes nothing
+      elsewhere.
 
   Returns:
     A stateless transformation.
+
+  Raises:
+    ValueError: ``update`` where `jax.shard_map` has summed the gradients already.
 
   >>> import jax, jax.numpy as jnp, sam_jax
   >>> tx = sam_jax.cross_replica_mean('batch')
@@ -34,7 +47,9 @@ def cross_replica_mean(axis_name: str) -> optax.GradientTransformationExtraArgs:
 
   def update_fn(updates, state, params=None, **extra_args):
     del params, extra_args
-    return jax.lax.pmean(updates, axis_name), state
+    varying.require(updates, axis_name)
+    mean = jax.lax.pmean(updates, axis_name)
+    return (varying.as_much_as(mean, updates) if keep_varying else mean), state
 
   return optax.GradientTransformationExtraArgs(
     lambda params: optax.EmptyState(), update_fn
@@ -53,7 +68,8 @@ def m_sharpness(
   ``grad_fn(params, group)`` or ``value_and_grad_fn(params, group)`` with ``group`` an
   int32 scalar in ``[0, num_groups)`` that picks the examples; for groups of unequal
   size the function scales its mean loss by ``count * num_groups / total``. The incoming
-  updates are ignored, so the caller need not take the clean gradient.
+  updates are ignored, so the caller need not take the clean gradient, and so is a
+  ``value``: each group has its own loss.
 
   Args:
     inner: a method that starts from the clean gradient, `sam` for instance; so not
@@ -108,28 +124,23 @@ def m_sharpness(
         'grad_fn': at_group(grad_fn),
         'value_and_grad_fn': at_group(value_and_grad_fn),
       }
-      _, grads = ascent.gradient_function(params, **functions)(params)
-      return inner.update(grads, state, params, **functions, **extra_args)
+      loss, grads = ascent.gradient_function(params, **functions)(params)
+      # The caller's value is that of the whole batch.
+      others = {name: x for name, x in extra_args.items() if name != 'value'}
+      own = {} if value_and_grad_fn is None else {'value': loss}
+      return inner.update(grads, state, params, **functions, **others, **own)
 
     def body(total, group):
       return jax.tree.map(_accumulate, total, one_group(group)), None
 
     total = jax.tree.map(_zero, perturbations.at_least_float32((params, state)))
     groups = jnp.arange(num_groups, dtype=jnp.int32)
+    total = varying.scan_start(total, body, groups[0])
     total, _ = jax.lax.scan(body, total, groups)
     mean, new_state = jax.tree.map(lambda t: _divide(t, num_groups), total)
-    return _cast_like(mean, params), _cast_like(new_state, state)
+    return ascent.cast_like(mean, params), ascent.cast_like(new_state, state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _cast_like(tree, like):
-  """Floating-point leaves in the dtypes of others; keys and counts as they are."""
-  return jax.tree.map(
-    lambda x, y: x.astype(y.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
-    tree,
-    like,
-  )
 
 
 def _zero(x: jax.Array) -> jax.Array:

@@ -230,8 +230,8 @@ def _ascend(norm, rho, step_size, u, grads):
     return jax.tree.map(
       lambda x, g: jnp.clip(x + step_size * jnp.sign(g), -rho, rho), u, grads
     )
-  scale = step_size * perturbations.safe_reciprocal(perturbations.norm(grads))
-  return _into_ball(jax.tree.map(lambda x, g: x + scale * g, u, grads), rho)
+  step = perturbations.on_sphere(grads, step_size)
+  return _into_ball(jax.tree.map(jnp.add, u, step), rho)
 
 
 def _into_ball(u, rho):
@@ -247,8 +247,7 @@ def _random_point(norm, key, params, rho):
   direction = probes.gaussian(key, params)
   size = sum(leaf.size for leaf in jax.tree.leaves(params))
   share = jax.random.uniform(jax.random.fold_in(key, 1)) ** (1 / size)
-  scale = share * rho * perturbations.safe_reciprocal(perturbations.norm(direction))
-  return jax.tree.map(lambda x: scale * x, direction)
+  return perturbations.on_sphere(direction, share * rho)
 
 
 def _over_groups(rises: np.ndarray, shares: np.ndarray) -> Estimate:

@@ -107,6 +107,8 @@ def esam(
     del extra_args
     if not callable(example_losses_fn):
       raise ValueError('esam requires example_losses_fn(params) -> (B,) losses.')
+    if params is None:
+      ascent.gradient_function(params, grad_fn, value_and_grad_fn)  # raises
     next_key, mask_key = jax.random.split(state.key)
     radius = ascent.resolve(rho, state.count)
     direction, _ = unit.update(
@@ -130,6 +132,7 @@ def esam(
       params,
       grad_fn and (lambda at: grad_fn(at, indices)),
       value_and_grad_fn and (lambda at: value_and_grad_fn(at, indices)),
+      updates,
     )
     perturbed_loss, perturbed_grads = evaluate(perturbed)
     record = ascent.next_record(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_jax import perturbations
+from sam_jax import ascent, perturbations
 from sam_jax.methods._declare import Bounds, Radius, method
 from sam_jax.methods._sam import sam
 
@@ -39,7 +39,9 @@ def friendly_sam(
             \hat\epsilon = \rho \, d_t / \|d_t\|, \qquad
             m_t = \lambda m_{t-1} + (1 - \lambda) g_t
 
-  The first update is plain SAM and sets :math:`m_0 = g_0`.
+  The first update is plain SAM and sets :math:`m_0 = g_0`. This is the order of the
+  authors' code. Algorithm 1 of the paper updates the average first and takes
+  :math:`m_t` in place of :math:`m_{t-1}`, which holds a part of :math:`g_t` itself.
 
   Args:
     rho: radius of the perturbation in the units of the parameters. It is a number, a
@@ -53,7 +55,7 @@ def friendly_sam(
     A transformation with the state of `sam`; the average is in ``perturbation``.
 
   Raises:
-    ValueError: decay outside [0, 1], and as `sam`.
+    ValueError: decay outside [0, 1], sigma that is not finite, and as `sam`.
     TypeError: as `sam`.
 
   >>> import jax, jax.numpy as jnp, optax, sam_jax
@@ -67,15 +69,15 @@ def friendly_sam(
   [4.0, -4.0]
 
   References:
-    Li et al., Friendly Sharpness-Aware Minimization, 2024, algorithm 1
+    Li et al., Friendly Sharpness-Aware Minimization, 2024
     (arXiv:2403.12350).
   """
   if isinstance(decay, (int, float)) and not 0 <= decay <= 1:
     raise ValueError(f'decay must be in [0, 1], got {decay}.')
+  ascent.check_finite(sigma=sigma)
 
   def init_fn(params):
-    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, w.dtype), params)
-    return FriendlyState(jnp.zeros([], bool), zeros)
+    return FriendlyState(jnp.zeros([], bool), ascent.zeros_like(params))
 
   def update_fn(updates, state, params=None, **extra_args):
     del params, extra_args
@@ -89,8 +91,11 @@ def friendly_sam(
     )
     moved = jax.tree.map(lambda g, m: decay * m + (1 - decay) * g, mean, state.average)
     average = after_first(moved, mean)
+    # One gradient that is not finite must not stay in the average for ever.
+    new = (jnp.ones([], bool), average)
+    kept = FriendlyState(*perturbations.where_finite(new, tuple(state)))
     eps, _ = unit.update(direction, optax.EmptyState())
-    return eps, FriendlyState(jnp.ones([], bool), average)
+    return eps, kept
 
   unit = perturbations.global_norm()
   perturbation = optax.GradientTransformationExtraArgs(init_fn, update_fn)

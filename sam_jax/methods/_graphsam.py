@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_jax import ascent, perturbations
+from sam_jax import ascent, perturbations, varying
 from sam_jax.methods._declare import Bounds, Radius, method
 
 
@@ -29,7 +29,8 @@ class GraphSamState(NamedTuple):
 
   def gradient_point(self, params: optax.Params) -> optax.Params:
     """``params + rho m / |m|``, in at least float32."""
-    return ascent.perturb(params, _on_sphere(self.average, self.next_rho))
+    eps = perturbations.on_sphere(self.average, self.next_rho)
+    return ascent.perturb(params, eps)
 
 
 @method(
@@ -54,7 +55,12 @@ def graphsam(
   .. math:: m \leftarrow \beta m + (1 - \beta) g_s / \|g_s\|, \qquad
             \hat\epsilon = \rho \gamma^{\lfloor epoch / \lambda \rfloor} m / \|m\|
 
-  Norms are over the whole tree. The caller takes the incoming gradient at
+  Norms are over the whole tree. The authors' code takes them leaf by leaf and anchors
+  on the raw :math:`g`; with an anchor of unit norm :math:`\beta` weighs alike whatever
+  the size of the gradient. The radius of a point is fixed by the update before it: a
+  schedule of rho allows for that, an injected rho lags by one update.
+
+  The caller takes the incoming gradient at
   ``sam_jax.gradient_point(opt_state, params)``: w on the first update of an epoch,
   w + eps-hat on the others. Cost: 1 + 1 / steps_per_epoch gradients an update.
 
@@ -76,7 +82,8 @@ def graphsam(
     update of an epoch, and the extra argument ``value`` on the others.
 
   Raises:
-    ValueError: steps_per_epoch or epochs_per_decay < 1, and as `sam`.
+    ValueError: steps_per_epoch or epochs_per_decay < 1, beta or gamma that is not
+      finite, and as `sam`.
     TypeError: as `sam`.
 
   >>> import jax, jax.numpy as jnp, optax, sam_jax
@@ -97,6 +104,7 @@ def graphsam(
     Models, 2024, algorithm 1 (arXiv:2406.13137).
   """
   ascent.check_rho(rho)
+  ascent.check_finite(beta=beta, gamma=gamma)
   ascent.check_positive(
     steps_per_epoch=steps_per_epoch, epochs_per_decay=epochs_per_decay
   )
@@ -107,9 +115,7 @@ def graphsam(
 
   def init_fn(params):
     record = ascent.init_record(params)
-    average = jax.tree.map(
-      lambda w: jnp.zeros(w.shape, w.dtype), perturbations.at_least_float32(params)
-    )
+    average = jax.tree.map(jnp.zeros_like, perturbations.at_least_float32(params))
     return GraphSamState(*record, jnp.zeros_like(record.rho), average)
 
   def update_fn(
@@ -124,15 +130,15 @@ def graphsam(
     **extra_args,
   ):
     del extra_args
-    evaluate = ascent.gradient_function(params, grad_fn, value_and_grad_fn)
+    evaluate = ascent.gradient_function(params, grad_fn, value_and_grad_fn, updates)
     radius = jnp.asarray(radius_at(state.count), state.rho.dtype)
 
     def first_of_epoch():
       mean = updates if axis_name is None else jax.lax.pmean(updates, axis_name)
-      anchor = _on_sphere(perturbations.at_least_float32(mean), 1.0)
+      anchor = perturbations.on_sphere(perturbations.at_least_float32(mean))
       eps = perturbations.scale_tree(anchor, radius)
       loss, grads = evaluate(ascent.perturb(params, eps))
-      grads = ascent.where_on(radius, grads, updates)
+      grads = ascent.cast_like(grads, updates)
       return jnp.asarray(loss, state.rho.dtype), grads, anchor
 
     def later():
@@ -140,27 +146,26 @@ def graphsam(
 
     if phase is None:
       is_first = state.count % steps_per_epoch == 0
-      loss, grads, average = jax.lax.cond(is_first, first_of_epoch, later)
+      loss, grads, average = varying.cond(is_first, first_of_epoch, later)
     else:
       loss, grads, average = first_of_epoch() if phase else later()
 
+    grads = ascent.where_on(radius, grads, updates)
     mean = grads if axis_name is None else jax.lax.pmean(grads, axis_name)
-    newest = _on_sphere(perturbations.at_least_float32(mean), 1.0)
+    newest = perturbations.on_sphere(perturbations.at_least_float32(mean))
     average = jax.tree.map(
       lambda m, g: (beta * m + (1 - beta) * g).astype(m.dtype), average, newest
     )
+    # One gradient that is not finite must not stay in the average for ever.
+    average = perturbations.where_finite(average, state.average)
     record = ascent.next_record(
       state, rho=radius, updates=updates, perturbed_loss=loss, axis_name=axis_name
     )
     anchors_next = record.count % steps_per_epoch == 0
     next_rho = jnp.where(anchors_next, 0, radius_at(record.count))
     next_rho = next_rho.astype(record.rho.dtype)
+    # Taken at a point in float32, also where the parameters are half-precision.
+    grads = ascent.cast_like(grads, params)
     return grads, GraphSamState(*record, next_rho, average)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _on_sphere(tree: optax.Updates, radius: jax.Array | float) -> optax.Updates:
-  """``radius * tree / |tree|``; zero for a zero tree."""
-  factor = radius * perturbations.safe_reciprocal(perturbations.norm(tree))
-  return perturbations.scale_tree(tree, factor)

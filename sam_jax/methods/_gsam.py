@@ -52,8 +52,8 @@ def gsam(
     A transformation with the state of `sam`.
 
   Raises:
-    ValueError: rho_min without a schedule and a number of updates, above rho or beside
-      a schedule of rho; and as `sam`.
+    ValueError: alpha that is not finite; rho_min without a schedule and a number of
+      updates, above rho or beside a schedule of rho; and as `sam`.
     TypeError: as `sam`.
 
   >>> import jax, jax.numpy as jnp, optax, sam_jax
@@ -69,6 +69,7 @@ def gsam(
     Zhuang et al., Surrogate Gap Minimization Improves Sharpness-Aware Training, 2022,
     algorithm 1 (arXiv:2203.08065).
   """
+  ascent.check_finite(alpha=alpha)
   if rho_min is not None:
     rho = _tied_rho(rho, rho_min, learning_rate, total_steps)
   return ascent.combine(
@@ -146,6 +147,7 @@ def gsam_rho(
     ('learning_rate', learning_rate_min, learning_rate_max),
     ('rho', rho_min, rho_max),
   ):
+    ascent.check_finite(**{f'{name}_min': low, f'{name}_max': high})
     if not isinstance(high - low, jax.Array) and high < low:
       raise ValueError(f'{name}_max must be at least {name}_min, got {high} < {low}.')
   span = learning_rate_max - learning_rate_min

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_jax import ascent, perturbations
+from sam_jax import ascent, perturbations, varying
 from sam_jax.methods._declare import Bounds, Radius, method
 from sam_jax.methods._sam import SamState, sam
 
@@ -45,7 +45,8 @@ def looksam(
 
   Cost: 1 + 1/k gradients an update. :math:`g_v` counts as zero where
   :math:`\|g_v\| \le 100 \, \epsilon_{machine} \|g_p\|`: below that it is rounding
-  noise, which the rescaling would turn into a direction.
+  noise, which the rescaling would turn into a direction. Half-precision clean gradients
+  are taken once more in float32 on an ascent step, because of that noise.
 
   ``tx.update`` takes ``phase``: True for an update with the ascent step, False for one
   without, None (the default) to decide by `jax.lax.cond` on the count. A Python bool
@@ -65,7 +66,7 @@ def looksam(
     A transformation; ``perturbed_loss`` keeps the value of the last ascent step.
 
   Raises:
-    ValueError: every < 1, and as `sam`.
+    ValueError: every < 1, alpha that is not finite, and as `sam`.
     TypeError: as `sam`.
 
   >>> import jax, jax.numpy as jnp, optax, sam_jax
@@ -84,30 +85,36 @@ def looksam(
     algorithm 1 (arXiv:2203.02714).
   """
   ascent.check_positive(every=every)
+  ascent.check_finite(alpha=alpha)
   ascend = sam(rho, perturbation=perturbation, axis_name=axis_name)
 
   def init_fn(params):
     state = ascend.init(params)
-    return LookSamState(*state, direction=jax.tree.map(jnp.zeros_like, params))
+    return LookSamState(*state, direction=ascent.zeros_like(params))
 
   def update_fn(updates, state, params=None, *, phase=None, **extra_args):
 
     def with_ascent():
-      perturbed, new = ascend.update(updates, _sam_state(state), params, **extra_args)
-      kept = _significant(ascent.reject(perturbed, updates), perturbed)
+      perturbed, clean, new = ascent.perturbed_and_clean(
+        ascend, updates, _sam_state(state), params, **extra_args
+      )
+      kept = _significant(ascent.reject(perturbed, clean), perturbed)
       if axis_name is not None:
         kept = jax.lax.pmean(kept, axis_name)
-      kept = optax.tree.cast_like(kept, state.direction)
+      kept = ascent.cast_like(kept, state.direction)
+      kept = perturbations.where_finite(kept, state.direction)
+      perturbed = ascent.where_on(new.rho, perturbed, updates)
       return perturbed, LookSamState(*new, direction=kept)
 
     def without_ascent():
+      direction, _ = perturbations.in_range(state.direction)
       factor = (
         alpha
         * perturbations.norm(updates)
-        * perturbations.safe_reciprocal(perturbations.norm(state.direction))
+        * perturbations.safe_reciprocal(perturbations.norm(direction))
       )
       reused = jax.tree.map(
-        lambda g, v: (g + factor * v).astype(g.dtype), updates, state.direction
+        lambda g, v: (g + factor * v).astype(g.dtype), updates, direction
       )
       radius = ascent.resolve(rho, state.count)
       record = ascent.next_record(
@@ -122,7 +129,7 @@ def looksam(
 
     if phase is None:
       ascends = state.count % every == 0
-      return jax.lax.cond(ascends, with_ascent, without_ascent)
+      return varying.cond(ascends, with_ascent, without_ascent)
     return with_ascent() if phase else without_ascent()
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -135,6 +142,6 @@ def _sam_state(state: LookSamState) -> SamState:
 def _significant(part: optax.Updates, whole: optax.Updates) -> optax.Updates:
   """``part``, or zero where it is within rounding of ``whole``."""
   dtypes = [x.dtype for x in jax.tree.leaves(whole)]
-  epsilon = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+  epsilon = max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
   keep = perturbations.norm(part) > 100 * epsilon * perturbations.norm(whole)
   return jax.tree.map(lambda x: jnp.where(keep, x, jnp.zeros_like(x)), part)

@@ -33,8 +33,7 @@ class MsamState(NamedTuple):
     """``params - rho v / |v|``, in at least float32."""
     ((momentum, rho),) = self.next_rho.items()
     buffer = perturbations.at_least_float32(optax.tree.get(self.inner, momentum))
-    factor = -rho * perturbations.safe_reciprocal(perturbations.norm(buffer))
-    return ascent.perturb(params, perturbations.scale_tree(buffer, factor))
+    return ascent.perturb(params, perturbations.on_sphere(buffer, -rho))
 
 
 @method(one_gradient=True, needs_momentum=True)
@@ -52,7 +51,11 @@ def msam(
 
   It wraps the base chain, because it reads its buffer v. The caller takes the gradient
   at ``sam_jax.gradient_point(opt_state, params)``; evaluation uses ``params``
-  themselves, which stay unperturbed.
+  themselves, which stay unperturbed. The radius of a point is fixed by the update
+  before it: a schedule of rho allows for that, an injected rho lags by one update.
+
+  Weight decay in ``inner`` takes w, as in every chain. The authors' code takes the
+  perturbed weights; an L2 term in the loss, whose gradient is taken there, does so.
 
   Args:
     inner: the base chain with a momentum buffer, learning rate and all.
@@ -107,6 +110,10 @@ def msam(
       perturbed_loss=value,
       axis_name=axis_name,
     )
+    updates = ascent.where_on(radius, updates, updates)
+    # Taken at a point in float32, also where the base holds half-precision leaves.
+    held = optax.tree.get(state.inner, buffer) if params is None else params
+    updates = ascent.cast_like(updates, held)
     updates, inner_state = inner.update(
       updates, state.inner, params, value=value, **extra_args
     )

@@ -91,13 +91,14 @@ def sam(
   perturbation = optax.with_extra_args_support(perturbation)
 
   def init_fn(params):
+    record = ascent.init_record(params)
     inner = perturbation.init(perturbations.at_least_float32(params))
-    return SamState(*ascent.init_record(params), inner)
+    return SamState(*record, inner)
 
   def update_fn(
     updates, state, params=None, *, grad_fn=None, value_and_grad_fn=None, **extra_args
   ):
-    evaluate = ascent.gradient_function(params, grad_fn, value_and_grad_fn)
+    evaluate = ascent.gradient_function(params, grad_fn, value_and_grad_fn, updates)
     if ascent.is_off(rho):
       record = ascent.next_record(state, rho=0.0, updates=updates, axis_name=axis_name)
       return updates, SamState(*record, state.perturbation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_jax import ascent, perturbations, probes
+from sam_jax import ascent, perturbations, probes, varying
 from sam_jax.methods._declare import Bounds, Radius, method
 
 _FLAGS = {
@@ -71,7 +72,8 @@ def universal_sam(
     A transformation; ``perturbed_loss`` is the mean loss over the probes.
 
   Raises:
-    ValueError: num_probes < 1, a plain ``grad_fn``, and as `sam`.
+    ValueError: num_probes < 1, lam that is not finite, a plain ``grad_fn``, and as
+      `sam`.
     TypeError: as `sam`.
 
   >>> import jax, jax.numpy as jnp, optax, sam_jax
@@ -89,6 +91,7 @@ def universal_sam(
     2024, algorithm 1 (arXiv:2406.03682).
   """
   ascent.check_rho(rho)
+  ascent.check_finite(lam=lam)
   num = ascent.static_int('num_probes', num_probes, default=1)
   sampler = probes.gaussian if sampler is None else sampler
 
@@ -103,7 +106,7 @@ def universal_sam(
         'exactly one of grad_fn and value_and_grad_fn is required, and here it has '
         'to be value_and_grad_fn(params) -> (value, grads): probes compare losses.'
       )
-    evaluate = ascent.gradient_function(params, None, value_and_grad_fn)
+    evaluate = ascent.gradient_function(params, None, value_and_grad_fn, updates)
     if value is None:
       value, _ = evaluate(params)
     radius = ascent.resolve(rho, state.count)
@@ -120,6 +123,8 @@ def universal_sam(
       return jax.tree.map(lambda *x: sum(x) / len(signs), *points)
 
     losses, grads = zip(*map(probe, probe_keys), strict=True)
+    for name in varying.axes(losses[0]):  # losses of one replica weigh its gradients
+      varying.require(updates, name)
     on = jnp.asarray(radius) > 0
     squared = jnp.where(on, radius, 1) ** 2
     x = (jnp.stack(losses) - value) / squared
@@ -312,8 +317,8 @@ def det_sam(
   References:
     Tahmasebi et al., 2024, section 4 (arXiv:2406.03682).
   """
-  if isinstance(half_width, (int, float)) and not half_width > 0:
-    raise ValueError(f'half_width must be positive, got {half_width}.')
+  if isinstance(half_width, (int, float)) and not 0 < half_width < math.inf:
+    raise ValueError(f'half_width must be positive and finite, got {half_width}.')
   return universal_sam(
     lambda x: jnp.exp(-x / 2),
     lambda s: s**-2,

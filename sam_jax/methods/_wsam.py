@@ -26,7 +26,8 @@ def wsam(
   .. math:: d = g + \frac{\gamma}{1 - \gamma} (g_p - g)
 
   ``gamma = 0`` is the base optimizer, ``1/2`` is SAM, more than that weighs sharpness
-  above the loss.
+  above the loss. Half-precision clean gradients are taken once more in float32, because
+  their rounding is as large as :math:`g_p - g`.
 
   Args:
     rho: radius of the perturbation in the units of the parameters. It is a number, a
@@ -58,12 +59,20 @@ def wsam(
     Regularization Term, 2023, eq. 6 (arXiv:2305.15817).
   """
   weight = _weight(gamma)
-  return ascent.combine(
-    sam(rho, perturbation=perturbation, axis_name=axis_name),
-    lambda clean, perturbed: jax.tree.map(
-      lambda g, p: g + weight * (p - g), clean, perturbed
-    ),
-  )
+  ascend = sam(rho, perturbation=perturbation, axis_name=axis_name)
+
+  def update_fn(updates, state, params=None, **extra_args):
+    if ascent.is_off(rho):
+      return ascend.update(updates, state, params, **extra_args)
+    perturbed, clean, state = ascent.perturbed_and_clean(
+      ascend, updates, state, params, **extra_args
+    )
+    result = jax.tree.map(
+      lambda g, p, c: g + weight * (p - c), updates, perturbed, clean
+    )
+    return ascent.where_on(state.rho, result, updates), state
+
+  return optax.GradientTransformationExtraArgs(ascend.init, update_fn)
 
 
 class DecoupledWsamState(NamedTuple):
@@ -108,7 +117,7 @@ def decoupled_wsam(
     A transformation whose updates go straight to `optax.apply_updates`.
 
   Raises:
-    ValueError: as `wsam`.
+    ValueError: gamma outside [0, 1), a learning rate that is not finite, and as `sam`.
     TypeError: as `sam`.
 
   >>> import jax, jax.numpy as jnp, optax, sam_jax
@@ -124,6 +133,8 @@ def decoupled_wsam(
     Yue et al., 2023, algorithm 1 (arXiv:2305.15817).
   """
   weight = _weight(gamma)
+  if not callable(learning_rate):
+    ascent.check_finite(learning_rate=learning_rate)
   ascent.check_transformation(inner, 'inner')
   inner = optax.with_extra_args_support(inner)
   ascend = sam(rho, perturbation=perturbation, axis_name=axis_name)
@@ -132,8 +143,14 @@ def decoupled_wsam(
     return DecoupledWsamState(ascend.init(params), inner.init(params))
 
   def update_fn(updates, state, params=None, **extra_args):
-    perturbed, sam_state = ascend.update(updates, state.sam, params, **extra_args)
-    gap = jax.tree.map(jnp.subtract, perturbed, updates)
+    if ascent.is_off(rho):
+      _, sam_state = ascend.update(updates, state.sam, params, **extra_args)
+      step, inner_state = inner.update(updates, state.inner, params, **extra_args)
+      return step, DecoupledWsamState(sam_state, inner_state)
+    perturbed, clean, sam_state = ascent.perturbed_and_clean(
+      ascend, updates, state.sam, params, **extra_args
+    )
+    gap = jax.tree.map(jnp.subtract, perturbed, clean)
     if axis_name is not None:
       gap = jax.lax.pmean(gap, axis_name)
     rate = ascent.resolve(learning_rate, state.sam.count)
