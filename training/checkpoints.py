@@ -43,12 +43,17 @@ class Checkpoint(NamedTuple):
 
 
 class Checkpoints:
-  """The checkpoints of one workdir, written by one process."""
+  """The checkpoints of one workdir, written by one process.
+
+  Attributes:
+    made: whether the folder was missing.
+  """
 
   def __init__(self, workdir: pathlib.Path, keep: int = 2):
     """Opens the folder, or makes it, and keeps the newest so many; 0 keeps all."""
     self._folder = (workdir / FOLDER).absolute()
     self._keep = keep or None
+    self.made = not self._folder.exists()
     self._folder.mkdir(exist_ok=True)
     self._manager = None
 

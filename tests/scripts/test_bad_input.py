@@ -1,0 +1,129 @@
+"""Damaged runs and odd input on the command line: one sentence, nothing lost."""
+
+import json
+import shutil
+
+import pytest
+
+import eval_hessian
+import train
+from input_pipelines import DataError
+from training import checkpoints, cli, metrics
+
+# The scripts print warnings; they are asserted there.
+pytestmark = pytest.mark.filterwarnings('default')
+# One run that all tests of train.py's files start from or compare with.
+_FLAGS = ('--epochs=3', '--optimizer=sgd', '--notiming')
+
+
+def _train(*arguments):
+  return cli.run(
+    train.main,
+    ['train.py', '--nocache', '--devices=1', *arguments],
+    errors=(DataError,),
+  )
+
+
+def _eval(*arguments):
+  return cli.run(
+    eval_hessian.main,
+    ['eval_hessian.py', '--nocache', *arguments],
+    errors=(DataError,),
+  )
+
+
+def _sentence(capsys, script='train.py'):
+  """The one line that a script printed on stderr."""
+  error = capsys.readouterr().err
+  assert error.startswith(f'{script}: ') and error.count('\n') == 1, error
+  return error
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """The workdir of a run of three epochs with a checkpoint of each."""
+  workdir = tmp_path_factory.mktemp('bad_input') / 'run'
+  flags = (*_FLAGS, '--keep_checkpoints=0', '--checkpoint_every=40')
+  assert _train(f'--workdir={workdir}', *flags) == 0
+  return workdir
+
+
+@pytest.fixture
+def stopped(finished, tmp_path):
+  """A copy that stands after its second epoch."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished, workdir)
+  (workdir / 'summary.json').unlink()
+  newest = max(checkpoints.steps(workdir))
+  shutil.rmtree(workdir / 'checkpoints' / str(newest))
+  return workdir
+
+
+def _bytes(workdir):
+  arrays = checkpoints.load(workdir).arrays
+  return {name: array.tobytes() for name, array in arrays.items()}
+
+
+def test_a_damaged_line_of_the_metrics_costs_no_other(finished, stopped, capsys):
+  path = stopped / 'metrics.jsonl'
+  lines = (finished / 'metrics.jsonl').read_text().splitlines(keepends=True)
+  assert [json.loads(line)['split'] for line in lines[:3]] == ['train', 'test', 'train']
+  damaged = ''.join([lines[0], lines[1][:20] + '\n', *lines[2:]])
+  path.write_text(damaged)
+  assert _train(f'--workdir={stopped}', *_FLAGS) == 0
+  error = capsys.readouterr().err
+  assert 'has 1 line(s) that cannot be read (the first is line 2)' in error
+  assert 'lacks epochs that the checkpoint has trained (1 of 2)' in error
+  assert (stopped / 'damaged_metrics.jsonl').read_text() == damaged
+  assert path.read_text() == ''.join([lines[0], *lines[2:]])
+  assert _bytes(stopped) == _bytes(finished)
+
+
+def test_metrics_that_are_gone_end_with_what_the_checkpoint_knows(
+  finished, tmp_path, capsys
+):
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished, workdir)
+  (workdir / 'metrics.jsonl').unlink()
+  (workdir / 'summary.json').unlink()
+  assert _train(f'--workdir={workdir}', *_FLAGS) == 0
+  assert 'lacks epochs' in capsys.readouterr().err
+  (line,) = metrics.read(workdir)
+  before = metrics.read(finished)[-1]
+  assert {n: line[n] for n in ('step', 'epoch', 'split', 'loss', 'accuracy')} == {
+    n: before[n] for n in ('step', 'epoch', 'split', 'loss', 'accuracy')
+  }
+
+
+def test_a_run_without_its_checkpoints_keeps_its_history(finished, stopped, capsys):
+  shutil.rmtree(stopped / 'checkpoints')
+  assert _train(f'--workdir={stopped}', *_FLAGS) == 0
+  error = capsys.readouterr().err
+  step = max(checkpoints.steps(finished))
+  assert f'has metrics up to step {step} and no checkpoint' in error
+  history = (finished / 'metrics.jsonl').read_text()
+  assert (stopped / 'earlier_metrics.jsonl').read_text() == history
+  assert (stopped / 'metrics.jsonl').read_text() == history
+  assert _bytes(stopped) == _bytes(finished)
+
+
+_QUICK = ('--measure=trace', '--num_probes=1', '--num_examples=64')
+
+
+def test_a_comparison_overwrites_no_files_but_its_own(finished, tmp_path, capsys):
+  out = tmp_path / 'out'
+  out.mkdir()
+  (out / 'report.html').write_text('mine')
+  (out / '.hidden').touch()
+  command = (f'--workdir={finished}', f'--out={out}', *_QUICK)
+  assert _eval(*command) == 2
+  assert f'--out={out} holds files that are not' in _sentence(capsys, 'eval_hessian.py')
+  (out / 'comparison.json').write_text('{"mine": 1}')
+  assert _eval(*command) == 2
+  assert (out / 'report.html').read_text() == 'mine'
+  for path in out.glob('[!.]*'):
+    path.unlink()
+  assert _eval(*command) == 0
+  (out / 'report.html').write_text('of an earlier one')
+  assert _eval(*command) == 0
+  assert 'Comparison' in (out / 'report.html').read_text()
