@@ -1,6 +1,10 @@
 """Damaged runs and odd input on the command line: one sentence, nothing lost."""
 
+import contextlib
+import errno
 import json
+import os
+import resource
 import shutil
 
 import pytest
@@ -127,3 +131,85 @@ def test_a_comparison_overwrites_no_files_but_its_own(finished, tmp_path, capsys
   (out / 'report.html').write_text('of an earlier one')
   assert _eval(*command) == 0
   assert 'Comparison' in (out / 'report.html').read_text()
+
+
+@contextlib.contextmanager
+def _largest_file(size):
+  """The system refuses to write more into one file, as a full disk does."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize('size', [0, 900, 10_000, 36_000])
+def test_a_full_disk_while_training_loses_nothing(finished, tmp_path, capsys, size):
+  workdir = tmp_path / 'run'
+  with _largest_file(size):
+    assert _train(f'--workdir={workdir}', *_FLAGS) == 2
+  assert 'File too large: free some space; the same' in _sentence(capsys)
+  assert _train(f'--workdir={workdir}', *_FLAGS) == 0
+  assert _bytes(workdir) == _bytes(finished)
+  history = (finished / 'metrics.jsonl').read_text()
+  assert (workdir / 'metrics.jsonl').read_text() == history
+
+
+@pytest.mark.parametrize('size', [0, 1000, 10_000])
+def test_a_full_disk_while_measuring_is_one_sentence(finished, tmp_path, capsys, size):
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished, workdir, ignore=shutil.ignore_patterns('hessian'))
+  command = (f'--workdir={workdir}', '--measure=eigenvalues', '--num_examples=64')
+  command += ('--top_k=2', '--tol=1e-2', '--num_probes=1')
+  with _largest_file(size):
+    assert _eval(*command) == 2
+  assert 'free some space; the same' in _sentence(capsys, 'eval_hessian.py')
+  assert _eval(*command) == 0
+  summary = json.loads((workdir / 'hessian' / 'summary.json').read_text())
+  assert summary['lambda_max'] > 0
+
+
+@pytest.mark.parametrize('run', [_train, _eval])
+def test_nobody_reads_the_help(monkeypatch, run):
+  reader, writer = os.pipe()
+  os.close(reader)
+  with open(writer, 'w') as stdout:
+    monkeypatch.setattr('sys.stdout', stdout)
+    assert run('--help') == 141
+
+
+def test_folders_and_files_that_are_no_such_thing(stopped, tmp_path, capsys):
+  long = tmp_path / ('x' * 300)
+  for script, run in (('train.py', _train), ('eval_hessian.py', _eval)):
+    assert run(f'--workdir={long}') == 2
+    assert 'File name too long: choose a shorter one' in _sentence(capsys, script)
+  shutil.rmtree(stopped / 'checkpoints')
+  (stopped / 'checkpoints').write_text('')
+  for script, run, flags in (
+    ('train.py', _train, _FLAGS),
+    ('eval_hessian.py', _eval, ()),
+  ):
+    assert run(f'--workdir={stopped}', *flags) == 2
+    assert 'checkpoints is not a folder: ' in _sentence(capsys, script)
+  (stopped / 'checkpoints').unlink()
+  (stopped / 'metrics.jsonl').unlink()
+  (stopped / 'metrics.jsonl').mkdir()
+  assert _train(f'--workdir={stopped}', *_FLAGS) == 2
+  assert 'metrics.jsonl: Is a directory: move it away' in _sentence(capsys)
+
+
+@pytest.mark.parametrize(
+  'error',
+  [
+    PermissionError(errno.EACCES, 'Permission denied', '/elsewhere/file'),
+    FileNotFoundError(errno.ENOENT, 'No such file or directory', '/runs/file'),
+    OSError('of a library'),
+  ],
+)
+def test_a_fault_of_the_program_stays_a_traceback(error):
+  def main(argv):
+    raise error
+
+  with pytest.raises(type(error)):
+    cli.run(main, ['train.py', '--workdir=/runs'])
