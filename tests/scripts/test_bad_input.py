@@ -6,13 +6,15 @@ import json
 import os
 import resource
 import shutil
+import signal
+import socket
 
 import pytest
 
 import eval_hessian
 import train
-from input_pipelines import DataError
-from training import checkpoints, cli, metrics
+from input_pipelines import DataError, image_folder
+from training import checkpoints, cli, metrics, parallel
 
 # The scripts print warnings; they are asserted there.
 pytestmark = pytest.mark.filterwarnings('default')
@@ -213,3 +215,36 @@ def test_a_fault_of_the_program_stays_a_traceback(error):
 
   with pytest.raises(type(error)):
     cli.run(main, ['train.py', '--workdir=/runs'])
+
+
+@pytest.mark.parametrize('kind', ['pipe', 'device'])
+def test_only_regular_files_are_read_as_images(tmp_path, kind):
+  for name in ('cat', 'dog'):
+    (tmp_path / 'pets' / name).mkdir(parents=True)
+  odd = tmp_path / 'pets' / 'cat' / '0.png'
+  if kind == 'pipe':
+    os.mkfifo(odd)
+  else:
+    odd.symlink_to('/dev/zero')
+  (tmp_path / 'pets' / 'dog' / '0.png').write_bytes(b'')
+  limit = signal.alarm(20)  # Ends the test where it would hang.
+  try:
+    with pytest.raises(DataError, match='0.png is a pipe or a device'):
+      image_folder.read(tmp_path / 'pets')
+  finally:
+    signal.alarm(limit)
+
+
+def test_a_coordinator_that_is_not_there(monkeypatch, capsys):
+  monkeypatch.setattr(parallel, '_PATIENCE', 0.5)
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{free.getsockname()[1]}'  # Nobody listens.
+    flags = [f'--coordinator={address}', '--num_processes=2', '--process_id=1']
+    assert _train(*flags) == 2
+  error = capsys.readouterr().err
+  assert f'waiting up to 0.5 s for --coordinator={address} to answer\n' in error
+  assert f'train.py: --coordinator={address} does not answer (' in error
+  flags[0] = '--coordinator=localhost:http'
+  assert _train(*flags) == 2
+  assert "'http' is no port" in _sentence(capsys)
