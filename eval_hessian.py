@@ -97,15 +97,6 @@ def _steps(values: Sequence[str], workdir: pathlib.Path) -> list[int]:
   return wanted
 
 
-def _require_folder(path: pathlib.Path) -> None:
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UsageError(
-      f'--out={path} cannot be written ({error.strerror}): choose another folder.'
-    ) from error
-
-
 class _Measurers:
   """A measurer for each problem: data are loaded, programs compiled once for many."""
 
@@ -183,7 +174,7 @@ def main(argv: Sequence[str]) -> None:
     )
   series = [_steps(flags.steps, w) for w in workdirs] if flags.steps is not None else []
   if compared:
-    _require_folder(out)
+    comparison.claim(out)
   compiler.use_all_cores()
   if flags.cache:
     compiler.keep_programs()

@@ -53,7 +53,7 @@ def _is_hidden(name: str) -> bool:
 def _walk(path: pathlib.Path) -> Iterator[Entry]:
   if path.is_dir():
     for below in sorted(path.rglob('*')):
-      read = None if below.is_dir() else below.read_bytes
+      read = None if below.is_dir() else _reader(_read_regular, below)
       yield below.relative_to(path).as_posix(), read
   elif path.suffix == '.zip' or zipfile.is_zipfile(path):
     yield from _walk_zip(path)
@@ -75,6 +75,13 @@ def _walk_tar(path: pathlib.Path) -> Iterator[Entry]:
         name = member.name.removeprefix('./')
         file = None if member.isdir() else archive.extractfile(member)
         yield name, file and file.read
+
+
+def _read_regular(path: pathlib.Path) -> bytes:
+  """A file's content; a pipe would wait for ever, a device never end."""
+  if path.exists() and not path.is_file():
+    raise DataError(f'{path} is a pipe or a device, not a file: remove it.')
+  return path.read_bytes()
 
 
 def _reader(read: Callable[..., bytes], member: object) -> Callable[[], bytes]:

@@ -18,6 +18,7 @@ from measurements.measurement import Column, Rows, Section, Summary, entry, numb
 from reports import page
 from training import config as config_lib
 from training.config import Config
+from training.errors import UsageError
 
 TABLE, RESULTS = 'comparison.md', 'comparison.json'
 _UNKNOWN = '-'
@@ -34,6 +35,39 @@ class Run(NamedTuple):
 Groups = Mapping[str, Sequence[Run]]
 
 
+def claim(out: pathlib.Path) -> None:
+  """Makes the folder of a comparison, or takes that of an earlier one.
+
+  Raises:
+    UsageError: it cannot be written, or holds files of something else.
+  """
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+    names = sorted(path.name for path in out.iterdir())
+  except OSError as error:
+    raise UsageError(
+      f'--out={out} cannot be written ({error.strerror}): choose another folder.'
+    ) from error
+  # A comparison that was killed while it was written leaves only the second.
+  own = (RESULTS, f'{RESULTS}.tmp')
+  strangers = [n for n in names if n not in own and not n.startswith('.')]
+  if strangers and not _is_comparison(out / RESULTS):
+    raise UsageError(
+      f'--out={out} holds files that are not those of a comparison (as '
+      f'{strangers[0]}): choose a new or empty folder.'
+    )
+
+
+def _is_comparison(path: pathlib.Path) -> bool:
+  """Whether a file is the results of a comparison."""
+  try:
+    groups = json.loads(path.read_text())
+    summaries = [summary for runs in groups.values() for summary in runs.values()]
+    return all('fingerprint' in summary for summary in summaries)
+  except (OSError, ValueError, AttributeError, TypeError):
+    return False
+
+
 def write(runs: Sequence[Run], out: pathlib.Path) -> str:
   """Writes the comparison as Markdown, JSON and HTML, with side-by-side figures.
 
@@ -47,7 +81,7 @@ def write(runs: Sequence[Run], out: pathlib.Path) -> str:
   out.mkdir(parents=True, exist_ok=True)
   groups = _groups(runs)
   sections = _sections(groups)
-  (out / TABLE).write_text(page.markdown('Comparison', sections))
+  # First, because it marks the folder as a comparison's.
   config_lib.write_json(
     out / RESULTS,
     {
@@ -55,6 +89,7 @@ def write(runs: Sequence[Run], out: pathlib.Path) -> str:
       for name, members in groups.items()
     },
   )
+  (out / TABLE).write_text(page.markdown('Comparison', sections))
   figures = _figures(groups, out)
   (out / files.REPORT).write_text(page.html('Comparison', sections, figures))
   return page.markdown_table(sections[0].rows)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
+from training import files
 from training.config import write_json
 from training.errors import TrainingDiverged, UsageError
 
@@ -43,12 +44,18 @@ class Checkpoint(NamedTuple):
 
 
 class Checkpoints:
-  """The checkpoints of one workdir, written by one process."""
+  """The checkpoints of one workdir, written by one process.
+
+  Attributes:
+    made: whether the folder was missing.
+  """
 
   def __init__(self, workdir: pathlib.Path, keep: int = 2):
     """Opens the folder, or makes it, and keeps the newest so many; 0 keeps all."""
     self._folder = (workdir / FOLDER).absolute()
     self._keep = keep or None
+    _require_folder(self._folder)
+    self.made = not self._folder.exists()
     self._folder.mkdir(exist_ok=True)
     self._manager = None
 
@@ -75,6 +82,7 @@ class Checkpoints:
 
     Raises:
       TrainingDiverged: a parameter is not finite; the older checkpoints stay.
+      OSError: the disk is full; the older checkpoints stay.
     """
     arrays = to_arrays(state)
     step = int(arrays['step'])
@@ -85,13 +93,18 @@ class Checkpoints:
           'the last good checkpoint is kept; try a lower --learning_rate or --rho.'
         )
     ocp = _import_orbax()
-    self._orbax().save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(_nest(arrays)),
-        position=ocp.args.JsonSave(position),
-      ),
-    )
+    try:
+      self._orbax().save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.PyTreeSave(_nest(arrays)),
+          position=ocp.args.JsonSave(position),
+        ),
+      )
+    except Exception as error:
+      if full := files.no_space(error):
+        raise full from error
+      raise
     folder = self._folder / str(step)
     write_json(folder / _DIGESTS, _digests(folder))
 
@@ -145,6 +158,7 @@ class Checkpoints:
 def steps(workdir: pathlib.Path) -> list[int]:
   """The steps of the checkpoints that a run has, ascending; reads none of them."""
   folder = workdir / FOLDER
+  _require_folder(folder)
   if not folder.is_dir():
     return []
   return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
@@ -288,6 +302,13 @@ def select(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     for name, array in arrays.items()
     if name.startswith(start)
   }
+
+
+def _require_folder(path: pathlib.Path) -> None:
+  if path.exists() and not path.is_dir():
+    raise UsageError(
+      f'{path} is not a folder: put the checkpoints back, or move it away.'
+    )
 
 
 class _Damage(Exception):

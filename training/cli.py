@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import sys
 import textwrap
 import warnings
@@ -10,12 +12,13 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from training import methods
+from training import files, methods
 from training.config import Config
 from training.errors import TrainingDiverged, UsageError
 
 USAGE_EXIT_CODE = 2
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_NO_READER = 141  # 128 + SIGPIPE
 _HELP = ('--help', '-h', '-help', '--helpfull', '--helpshort')
 
 
@@ -92,7 +95,7 @@ class Flags:
     """
     if any(argument in _HELP for argument in argv[1:]):
       usage = usage if isinstance(usage, str) else usage()
-      print(usage.strip() + '\n' + '\n'.join(self._lines))
+      print(usage.strip() + '\n' + '\n'.join(self._lines), flush=True)
       raise SystemExit(0)
     rest = self._values(list(argv))[1:]
     if rest:
@@ -172,8 +175,8 @@ def run(
     errors: further exceptions whose message is written for the user.
 
   Returns:
-    The exit code: 0, 2 after an error of the user's, which is printed on stderr, or 130
-    after Ctrl-C.
+    The exit code: 0, 2 after an error of the user's or a full disk, which is printed on
+    stderr, 130 after Ctrl-C, or 141 if nobody reads what is printed.
   """
   name = argv[0].rsplit('/', 1)[-1]
   with warnings.catch_warnings():
@@ -182,6 +185,7 @@ def run(
     )
     try:
       main(argv)
+      sys.stdout.flush()
     except (UsageError, TrainingDiverged, flags.Error, *errors) as error:
       message = ' '.join(str(error).split())
       if isinstance(error, flags.Error):
@@ -193,7 +197,30 @@ def run(
         f'\n{name}: interrupted; the same command goes on from here.', file=sys.stderr
       )
       return _INTERRUPTED
+    except BrokenPipeError:
+      _discard_output()
+      return _NO_READER
+    except OSError as error:
+      message = files.explain(error, _folders(argv))
+      if message is None:
+        raise
+      print(f'{name}: {message}', file=sys.stderr)
+      return USAGE_EXIT_CODE
   return 0
+
+
+def _folders(argv: Sequence[str]) -> list[str]:
+  """The folders of a command line that a script writes into."""
+  given = [*named(argv, 'workdir').split(','), *named(argv, 'out').split(',')]
+  return [folder for folder in given if folder] + ['runs']
+
+
+def _discard_output() -> None:
+  """Lets the interpreter's last flush of stdout succeed."""
+  with contextlib.suppress(OSError, ValueError, AttributeError):
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, sys.stdout.fileno())
+    os.close(sink)
 
 
 def _metavar(kind: str) -> str:

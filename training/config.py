@@ -309,8 +309,12 @@ def claim(config: Config, workdir: pathlib.Path) -> IO[str]:
       f'another process is training in --workdir={workdir}: wait for its end, or '
       'choose another folder.'
     ) from error
-  if not (workdir / FILE_NAME).exists():
-    save(config, workdir)
+  try:
+    if not (workdir / FILE_NAME).exists():
+      save(config, workdir)
+  except OSError:
+    lock.close()
+    raise
   return lock
 
 

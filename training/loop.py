@@ -10,6 +10,7 @@ import pathlib
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -153,9 +154,18 @@ class _Run:
     self._restore(self._fresh)
     self._fresh = None
     if parallel.is_primary():
+      if not self._step:
+        metrics_lib.keep_earlier(workdir, any_line=self._checkpoints.made)
       self._metrics = metrics_lib.MetricsFile(
         workdir, self._step or -1, self._score.name, timing=self._timing
       )
+      if missing := self._metrics.missing(self._epoch):
+        warnings.warn(
+          f'{workdir / metrics_lib.FILE_NAME} lacks epochs that the checkpoint has '
+          f'trained ({len(missing)} of {self._epoch}): curves and best values are '
+          'without them.',
+          stacklevel=2,
+        )
       total = config.epochs * self._steps_per_epoch
       self._progress = Progress(config.epochs, total, self._score)
       if self._step:
@@ -331,6 +341,10 @@ class _Run:
     if not self._metrics:
       return {}
     self._progress.close()
+    if self._metrics.missing(self._epoch)[-1:] == [self._epoch]:
+      common = {'step': self._step, 'epoch': self._epoch, 'seconds': self._seconds()}
+      self._metrics.write(**common, split='test', **test)
+      self._metrics.flush()
     scores, problem = self._problem.scores, self._problem
     found = scores.summarize(totals)
     facts = {
@@ -360,9 +374,10 @@ class _Run:
 
   def close(self) -> None:
     """Releases files and threads."""
-    for opened in (self._progress, self._metrics, self._checkpoints, self._lock):
-      if opened:
-        opened.close()
+    with contextlib.ExitStack() as stack:
+      for opened in (self._lock, self._checkpoints, self._metrics, self._progress):
+        if opened:
+          stack.callback(opened.close)
 
 
 class _Stop:

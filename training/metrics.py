@@ -6,11 +6,14 @@ import json
 import math
 import os
 import pathlib
+import shutil
+import warnings
 from typing import Any
 
 from training.errors import TrainingDiverged
 
 FILE_NAME = 'metrics.jsonl'
+_DAMAGED, _EARLIER = 'damaged_metrics', 'earlier_metrics'
 # Of a line about a split; SCORE stands for the name of the problem's main score.
 _FIELDS = (
   'step',
@@ -37,6 +40,8 @@ class MetricsFile:
   ):
     """Opens the file for a run that stands after `step`.
 
+    A file with lines that cannot be read is kept under another name, with a warning.
+
     Args:
       workdir: the run's folder.
       step: lines of later steps, and a half line at the end, are removed.
@@ -46,14 +51,29 @@ class MetricsFile:
     self._path = workdir / FILE_NAME
     fields = [name.replace('SCORE', score) for name in _FIELDS]
     self._fields = [f for f in fields if timing or f not in _CLOCK]
-    kept = [line for line in read(workdir) if line['step'] <= step]
+    lines, damaged = _parse(self._path)
+    if damaged:
+      warnings.warn(
+        f'{self._path} has {len(damaged)} line(s) that cannot be read (the first is '
+        f'line {damaged[0]}): it is kept as {_set_aside(self._path, _DAMAGED)}, and '
+        'its good lines go on.',
+        stacklevel=2,
+      )
+    kept = [line for line in lines if line['step'] <= step]
+    self._tested = {line.get('epoch') for line in kept if line['split'] == 'test'}
     temporary = self._path.with_suffix('.tmp')
     temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept))
     os.replace(temporary, self._path)
     self._file = self._path.open('a')
 
+  def missing(self, epochs: int) -> list[int]:
+    """Those of the first so many epochs that have no line about the test split."""
+    return [epoch for epoch in range(1, epochs + 1) if epoch not in self._tested]
+
   def write(self, **values: Any) -> None:
     """Appends a line about a split; fields that are not given are null."""
+    if values.get('split') == 'test':
+      self._tested.add(values.get('epoch'))
     self._append({name: values.get(name) for name in self._fields})
 
   def write_measured(
@@ -76,17 +96,61 @@ class MetricsFile:
 
 
 def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """The lines of a run, without a half line at the end."""
-  path = pathlib.Path(workdir) / FILE_NAME
+  """The lines of a run that can be read."""
+  return _parse(pathlib.Path(workdir) / FILE_NAME)[0]
+
+
+def keep_earlier(workdir: pathlib.Path, *, any_line: bool) -> None:
+  """Keeps a copy of the metrics of a run whose checkpoints are gone, if it has any.
+
+  Args:
+    workdir: the run's folder, without a checkpoint.
+    any_line: whether a line of any step is reason enough; else that of an epoch is,
+      because a run that is killed in its first epoch has no checkpoint yet.
+  """
+  splits = ('train', 'test')
+  steps = [x['step'] for x in read(workdir) if any_line or x['split'] in splits]
+  if max(steps, default=0) > 0:
+    kept = _set_aside(workdir / FILE_NAME, _EARLIER)
+    warnings.warn(
+      f'{workdir} has metrics up to step {max(steps)} and no checkpoint: they are kept '
+      f'as {kept}, and the run begins anew.',
+      stacklevel=2,
+    )
+
+
+def _parse(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[int]]:
+  """The lines of a file, and the numbers of those that cannot be read.
+
+  A half line at the end is what a killed run leaves, and no damage.
+  """
   if not path.exists():
-    return []
-  lines = []
-  for text in path.read_text(errors='replace').splitlines():
-    try:
-      lines.append(json.loads(text))
-    except json.JSONDecodeError:
-      break
-  return lines
+    return [], []
+  *whole, half = path.read_text(errors='replace').split('\n')
+  parsed = [_line(text) for text in whole]
+  damaged = [number for number, line in enumerate(parsed, 1) if line is None]
+  return [line for line in (*parsed, _line(half)) if line is not None], damaged
+
+
+def _line(text: str) -> dict[str, Any] | None:
+  """One line, or None if it is not what a run writes."""
+  try:
+    line = json.loads(text)
+  except ValueError:
+    return None
+  good = (
+    isinstance(line, dict) and isinstance(line.get('step'), int) and 'split' in line
+  )
+  return line if good else None
+
+
+def _set_aside(path: pathlib.Path, stem: str) -> str:
+  """Copies a file to a name that is free, and returns that."""
+  number, name = 1, f'{stem}{path.suffix}'
+  while path.with_name(name).exists():
+    number, name = number + 1, f'{stem}_{number + 1}{path.suffix}'
+  shutil.copyfile(path, path.with_name(name))
+  return name
 
 
 class EpochMeans:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +16,8 @@ from jax.experimental import multihost_utils
 from training.errors import UsageError
 
 AXIS = 'batch'
+# Seconds to wait for the other processes of a run.
+_PATIENCE = 300
 _TEXT_BYTES = 1 << 16
 
 
@@ -125,7 +130,7 @@ def initialize(
     process_id: this process, in [0, num_processes).
 
   Raises:
-    UsageError: the processes cannot be joined.
+    UsageError: the processes cannot be joined, or the first one does not answer.
   """
   if not coordinator and (num_processes > 1 or process_id > 0):
     raise UsageError(
@@ -138,16 +143,57 @@ def initialize(
     )
   if not coordinator:
     return
+  _await(coordinator, num_processes, process_id)
   try:
     if coordinator == 'cluster':
-      jax.distributed.initialize()
+      jax.distributed.initialize(initialization_timeout=_PATIENCE)
     else:
-      jax.distributed.initialize(coordinator, num_processes, process_id)
+      jax.distributed.initialize(
+        coordinator, num_processes, process_id, initialization_timeout=_PATIENCE
+      )
   except (ValueError, RuntimeError) as error:
     raise UsageError(
       f'--coordinator={coordinator} --num_processes={num_processes} '
       f'--process_id={process_id}: cannot join the other processes ({error}).'
     ) from error
+
+
+def _await(coordinator: str, num_processes: int, process_id: int) -> None:
+  """Waits until the first process listens: jax would end the process, not raise.
+
+  Raises:
+    UsageError: it does not in time.
+  """
+  if coordinator == 'cluster':
+    _say(f'waiting up to {_PATIENCE} s for the processes of the cluster')
+    return
+  if process_id == 0:
+    _say(
+      f'waiting up to {_PATIENCE} s for the {num_processes - 1} other process(es) of '
+      f'--num_processes={num_processes} to come to {coordinator}'
+    )
+    return
+  host, _, port = coordinator.rpartition(':')
+  if not port.isdecimal() or not 0 < int(port) < 1 << 16:
+    raise UsageError(f'--coordinator={coordinator}: {port!r} is no port (1 to 65535).')
+  _say(f'waiting up to {_PATIENCE} s for --coordinator={coordinator} to answer')
+  end = time.monotonic() + _PATIENCE
+  while True:
+    try:
+      left = max(end - time.monotonic(), 0.1)
+      socket.create_connection((host.strip('[]'), int(port)), left).close()
+      return
+    except OSError as error:
+      if time.monotonic() >= end:
+        raise UsageError(
+          f'--coordinator={coordinator} does not answer ({error}): start the process '
+          'with --process_id=0 there, or mend host and port.'
+        ) from error
+    time.sleep(min(1, _PATIENCE / 10))
+
+
+def _say(message: str) -> None:
+  print(message, file=sys.stderr, flush=True)
 
 
 def is_primary() -> bool:

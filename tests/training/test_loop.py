@@ -135,7 +135,7 @@ def test_a_killed_run_ends_as_if_never_stopped(whole, small, tmp_path, at):
     _train(small.problem(_Disturbed(small.split(22), at, kill)), workdir)
   # What a kill may leave: lines beyond the checkpoint, and half of one.
   with (workdir / 'metrics.jsonl').open('a') as file:
-    file.write('{"step": 99, "epoch": 1}\n{"step": 3, "lo')
+    file.write('{"step": 99, "epoch": 1, "split": "step"}\n{"step": 3, "lo')
   _train(small.problem(), workdir)
   assert _outcome(workdir) == _outcome(whole)
 
