@@ -147,13 +147,18 @@ def choose(names: Iterable[str] | None, options: Any) -> dict[str, Measurement]:
 def options_class() -> type:
   """The dataclass of the options of all measurements, each a flag."""
   fields = [
-    (field.name, field.type, option(field.default, *_described(field)))
+    (field.name, _type_name(field), option(field.default, *_described(field)))
     for declared in (Shared, *(m.options for m in find().values()))
     for field in dataclasses.fields(declared)
   ]
   return dataclasses.make_dataclass(
     'Options', fields, frozen=True, namespace={'validate': _validate}
   )
+
+
+def _type_name(field: dataclasses.Field) -> str:
+  """The field's type as text, which it is already under postponed annotations."""
+  return field.type if isinstance(field.type, str) else field.type.__name__
 
 
 def _described(field: dataclasses.Field) -> tuple[Any, ...]:

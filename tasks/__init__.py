@@ -90,7 +90,8 @@ def resolve(name: str = 'digits_mlp', **overrides: Any) -> training.Config:
   if unknown := [flag for flag in flags if not methods.owners(flag, known)]:
     raise TypeError(f'neither a field of Config nor of any method: {unknown}')
   if methods.is_method(config.optimizer):
-    own = getattr(task, 'METHODS', {}).get(config.optimizer, {})
+    name = methods.get(config.optimizer).__name__
+    own = getattr(task, 'METHODS', {}).get(name, {})
     config = _with_method(config, own, given, flags)
   config_lib.validate(config)
   optimizers.validate(config)

@@ -37,7 +37,13 @@ def get(name: str) -> Callable[..., Any] | None:
       f'--optimizer={name} declares {len(own)} methods ({", ".join(own)}): a file of '
       'your own declares one, with sam_jax.methods.method.'
     )
-  return next(iter(own.values()))
+  function = next(iter(own.values()))
+  if 'rho' not in library.hyperparameters(function):
+    raise UsageError(
+      f'--optimizer={name}: {function.__name__} has no argument rho, the radius that '
+      'every method has; give it one, with a default.'
+    )
+  return function
 
 
 def is_method(name: str) -> bool:

@@ -155,3 +155,11 @@ def test_several_networks_are_compiled_and_loaded_once(network, fast, tmp_path):
 def test_numbers_that_are_not_finite_are_null():
   found = context.plain({'a': [np.float64(np.inf), np.int64(2)], 'b': np.nan})
   assert found == {'a': [None, 2], 'b': None}
+
+
+def test_a_file_need_not_postpone_its_annotations(new_file):
+  """The file has a class as its field's type; a flag wants the name."""
+  kinds = {
+    field.name: field.type for field in dataclasses.fields(registry.options_class())
+  }
+  assert kinds['new_power'] == 'int'

@@ -101,6 +101,24 @@ def test_a_file_is_a_method(own):
     tasks.resolve('digits_mlp', optimizer=path, wide_sam_factor=0.0)
 
 
+def test_a_tasks_values_for_a_method_of_a_file_go_by_its_function(own):
+  path = own / 'my_line.py'
+  path.write_text(
+    path.read_text().replace("{'sam'", "{'wide_sam': {'rho': 0.7}, 'sam'")
+  )
+  config = tasks.resolve(str(path), optimizer=str(own / 'wide.py'))
+  assert config.rho == 0.7
+
+
+def test_a_method_without_a_radius_is_refused(own):
+  path = own / 'no_rho.py'
+  path.write_text(
+    METHOD.replace('  rho: float = 0.05,\n', '').replace('rho, axis', '1, axis')
+  )
+  with pytest.raises(UsageError, match='has no argument rho'):
+    tasks.resolve('digits_mlp', optimizer=str(path))
+
+
 def test_a_task_in_this_folder_is_one_file(own):
   """The names come from the folder itself."""
   folder = tasks.__path__[0]
