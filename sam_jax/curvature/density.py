@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -16,6 +17,13 @@ from sam_jax.curvature import eigen, estimates, lanczos, operators
 _FLOOR = 1e-3
 _TAIL = 0.025  # probability on each side of the band
 _QUANTILE = 1.959964  # of the normal distribution, at 1 - _TAIL
+_MOST_FREEDOM = 1e12  # more degrees of freedom make no visible difference
+# Log-probabilities: below the first a Ritz value is certainly a repeated eigenvalue,
+# below the second those placed once are not believed to be single.
+_REPEATED, _DOUBTFUL = math.log(1e-6), math.log(0.05)
+_COPY = 1e-3  # weight of a copy, times the size, from which it is seen
+_MOST_POINTS = 10_000_000  # of the grid
+_ROUNDING = 100.0  # Ritz values closer than so many eps * |A| are one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +58,12 @@ class SpectralDensity:
 
   def moment(self, power: int) -> estimates.Estimate:
     r"""Estimate of :math:`\mathrm{tr} A^p`; p = 2 is the squared Frobenius norm."""
+    exact = float((self.outliers**power).sum())
+    if not self.weights.any():  # The outliers are all eigenvalues.
+      return estimates.Estimate(exact, 0.0, self.num_matvecs)
     samples = self.size * (self.weights * self.nodes**power).sum(1)
-    samples = samples + (self.outliers**power).sum()
     mean, error = _mean_and_error(samples)
-    return estimates.Estimate(float(mean), float(error), self.num_matvecs)
+    return estimates.Estimate(exact + float(mean), float(error), self.num_matvecs)
 
 
 def spectral_density(
@@ -74,7 +84,9 @@ def spectral_density(
   One eigenvalue far from the others gets a wildly varying weight from a random probe.
   So converged pairs are placed exactly with weight 1/n, and the probes are kept
   orthogonal to them. Without ``pairs`` those that the first probe's Lanczos run finds
-  are taken.
+  are taken. Of a repeated eigenvalue one copy is placed at most, and the probes weigh
+  the others; the first probe knows nothing of those others, so where its weights or a
+  later probe show that there are any, another run takes its place.
 
   The band needs no spread over probes. A probe's density at x is
   :math:`z^T K z` with z uniform on the unit sphere and :math:`K = N(x; A, \sigma^2)`;
@@ -88,7 +100,8 @@ def spectral_density(
 
   Args:
     operator: a symmetric operator of size n.
-    num_matvecs: Lanczos steps a probe.
+    num_matvecs: Lanczos steps of each run. There is one run a probe, and one more
+      where the first probe has to be replaced.
     num_probes: number of random probes; the band narrows with its square root.
     key: typed PRNG key; None is ``jax.random.key(0)``.
     pairs: eigenpairs that are known already; the converged ones are used.
@@ -126,73 +139,132 @@ def spectral_density(
   first = operator.num_matvecs
   layout = basis_lib.Layout.of(operator.structure)
   least = layout.rounded(num_matvecs)
-  quadratures = []
+  reused = None
   if pairs is None:
     # What is left holds the outliers; those for which there is no room are not placed.
     left = layout.room(max_basis_gib, least) - least
-    outliers, locked, quadrature = _first_probe(
+    outliers, locked, reused = _first_probe(
       operator, layout, num_matvecs, key, tol, left
     )
-    quadratures.append(quadrature)
   else:
     layout.room(max_basis_gib, least + layout.rounded(int(pairs.converged.sum())))
     outliers, _, locked = pairs.known(layout)
-  share = 1 - len(outliers) / operator.size
-  for index in range(len(quadratures), num_probes if share > 0 else 0):
+
+  def probe(index):
     start = layout.normal(jax.random.fold_in(key, index))
     decomposition = lanczos.Decomposition(operator, start, locked)
     decomposition.grow(num_matvecs)
-    values, vectors, _ = decomposition.ritz()
-    quadratures.append((values, share * vectors[0] ** 2))
-  nodes, weights = _stack(quadratures)
+    values, vectors, bounds = decomposition.ritz()
+    return _Quadrature(values, vectors[0] ** 2, bounds)
+
+  quadratures = []
+  if len(outliers) < operator.size:
+    quadratures = [probe(index) for index in range(pairs is None, num_probes)]
+    if reused and not _any_copies(outliers, quadratures, tol, operator.size):
+      quadratures.insert(0, reused)
+    elif pairs is None:
+      quadratures.insert(0, probe(num_probes))
+  nodes, weights = _stack(quadratures, 1 - len(outliers) / operator.size)
   return _smooth(outliers, nodes, weights, sigma, num_matvecs, operator, first)
 
 
+class _Quadrature(NamedTuple):
+  """A probe's nodes, their weights, which add up to 1, and their residual bounds."""
+
+  values: np.ndarray
+  weights: np.ndarray
+  bounds: np.ndarray
+
+
 def _first_probe(operator, layout, num_matvecs, key, tol, most):
-  """So many outliers at most, their basis, and one probe's quadrature of the rest."""
+  """Outliers, their basis, and the probe's quadrature of the rest or None.
+
+  The quadrature is None if eigenvalues are repeated, as the Krylov space ended early or
+  the outliers hold more of the probe than single eigenvectors would: the weight of all
+  copies in this probe went to the outliers.
+  """
   decomposition = lanczos.Decomposition(
     operator, layout.normal(jax.random.fold_in(key, 0))
   )
   decomposition.grow(num_matvecs)
   values, vectors, bounds = decomposition.ritz()
   weights = vectors[0] ** 2
+  complete = len(values) == operator.size  # Then no eigenvalue is repeated.
   converged = bounds <= tol * np.abs(values).max()
-  # A weight far above 1/n is a repeated eigenvalue, such as 0, and no single outlier.
-  single = (weights <= 30 / operator.size) | (len(values) == operator.size)
-  candidates = np.flatnonzero(converged & single)
+  chances = _log_chance(weights, 1, operator.size)
+  candidates = np.flatnonzero(converged & (complete | (chances > _REPEATED)))
   chosen = np.zeros(len(values), bool)
   chosen[candidates[np.argsort(-np.abs(values[candidates]))[:most]]] = True
   locked = decomposition.basis.combine(vectors[:, chosen])
-  share = 1 - chosen.sum() / operator.size
-  rest = weights[~chosen]
-  rest = share * rest / max(rest.sum(), np.finfo(float).tiny)
-  return values[chosen], locked, (values[~chosen], rest)
+  rest, count = weights[~chosen], int(chosen.sum())
+  chance = _log_chance(weights[chosen].sum(), count, operator.size)
+  least = chances[chosen].min(initial=0) + math.log(max(count, 1))
+  doubtful = decomposition.exhausted or min(chance, least) < _DOUBTFUL
+  if count and doubtful and not complete:
+    return values[chosen], locked, None
+  reused = _Quadrature(values[~chosen], rest / (rest.sum() or 1), bounds[~chosen])
+  return values[chosen], locked, reused
 
 
-def _stack(quadratures):
+def _log_chance(mass, count, size):
+  """Log of a bound on the probability that eigenvectors hold so much of a random one.
+
+  The squared length of a random unit vector's projection onto ``count`` of ``size``
+  dimensions has a beta distribution; this is the Chernoff bound of its upper tail.
+  """
+  mean = count / size
+  with np.errstate(divide='ignore', invalid='ignore'):
+    inside = count * np.log(mass / mean)
+    outside = (size - count) * np.log(np.clip(1 - mass, 0, 1) / (1 - mean))
+  return np.where(mass > mean, (inside + outside) / 2, 0.0)
+
+
+def _any_copies(outliers, quadratures, tol, size):
+  """Whether probes orthogonal to the outliers meet one of their eigenvalues again."""
+  if not len(outliers):
+    return False
+  for values, weights, bounds in quadratures:
+    target = tol * max(np.abs(outliers).max(), np.abs(values).max())
+    near = np.abs(values[:, None] - outliers).min(1) <= 2 * target
+    if (near & (bounds <= target) & (weights * size > _COPY)).any():
+      return True
+  return False
+
+
+def _stack(quadratures, share):
   """Nodes and weights (num_probes, longest), filled up with nodes of weight 0."""
-  longest = max((len(values) for values, _ in quadratures), default=0)
+  longest = max((len(each.values) for each in quadratures), default=0)
   nodes = np.zeros((len(quadratures), longest))
   weights = np.zeros((len(quadratures), longest))
-  for row, (values, parts) in enumerate(quadratures):
+  for row, (values, parts, _) in enumerate(quadratures):
     nodes[row, : len(values)] = values
-    nodes[row, len(values) :] = values[-1] if len(values) else 0.0
-    weights[row, : len(values)] = parts
+    nodes[row, len(values) :] = values[-1]
+    weights[row, : len(values)] = share * parts
   return nodes, weights
 
 
 def _smooth(outliers, nodes, weights, sigma, num_matvecs, operator, first):
   every = np.concatenate([outliers, nodes[weights > 0]])
   low, high = every.min(), every.max()
-  extent = (high - low) or abs(high) or 1.0
+  largest = float(np.abs(every).max())
+  extent = float(high - low)
+  eps = np.finfo(basis_lib.Layout.of(operator.structure).dtype).eps
+  if extent <= _ROUNDING * eps * largest:
+    extent = largest or 1.0  # All eigenvalues are one.
   if sigma is None:
     # The outliers are exact, so the steps resolve the range of the others; but no finer
     # than what a grid over everything can show.
-    rest = np.ptp(nodes[weights > 0]) if nodes.size else extent
+    rest = np.ptp(nodes[weights > 0]) if weights.any() else extent
     sigma = max(rest / num_matvecs, extent / 2000)
   sigma = float(sigma)
-  if not sigma > 0:
-    raise ValueError(f'sigma={sigma}: give a standard deviation above 0')
+  if not 0 < sigma < np.inf:
+    raise ValueError(f'sigma={sigma}: give a finite standard deviation above 0')
+  finest = max(4 * (high - low) / _MOST_POINTS, 1e-12 * largest)
+  if sigma < finest:
+    raise ValueError(
+      f'sigma={sigma}: no grid from {low:.3g} to {high:.3g} shows so narrow a kernel; '
+      f'give at least {finest:.1g}'
+    )
   count = int(np.ceil((high - low + 8 * sigma) / (sigma / 4))) + 1
   grid = np.linspace(low - 4 * sigma, high + 4 * sigma, count)
   placed = np.full(len(outliers), 1 / operator.size)
@@ -222,7 +294,9 @@ def _band(grid, nodes, weights, sigma, dimension):
   # Degrees of freedom of the gamma distribution with this mean and variance: probes
   # times eigenvalues that have a part in the density, so at least one a probe.
   variance = np.maximum(share * square - mean**2, np.finfo(float).tiny)
-  freedom = np.maximum(count * (dimension + 2) * mean**2 / variance, count)
+  with np.errstate(over='ignore'):
+    freedom = count * (dimension + 2) * mean**2 / variance
+  freedom = np.clip(freedom, count, _MOST_FREEDOM)
   low, high = _chi_square_quantiles(freedom)
   return mean, mean * freedom / high, mean * freedom / low
 

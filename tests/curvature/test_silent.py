@@ -1,0 +1,147 @@
+"""Operators that broke a solver without a word: repeated spectra, types, asymmetry."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sam_jax import curvature
+
+_SIZE = 60  # one size, so that little is compiled
+
+
+@functools.cache
+def _rotation(size):
+  return np.linalg.qr(np.random.default_rng(size).normal(size=(size, size)))[0]
+
+
+def _operator(values, dtype=np.float32):
+  """A dense symmetric operator with these eigenvalues."""
+  q = _rotation(len(values))
+  matrix = jnp.asarray(q * values @ q.T, dtype)
+  product = lambda v: jnp.matmul(matrix, v, precision='highest')
+  return curvature.operator(product, jnp.zeros(len(values), dtype))
+
+
+def _mass(result, value, tol=1e-3):
+  """What the density puts at an eigenvalue, for each probe."""
+  placed = (np.abs(result.outliers - value) < tol).sum() / result.size
+  at = np.abs(result.nodes - value) < tol
+  return placed + (result.weights * at).sum(1)
+
+
+def _mass_error(count, size, num_probes):
+  """Standard deviation of a random unit vector's part in some dimensions; beta."""
+  return np.sqrt(2 * count * (size - count) / (size**2 * (size + 2)) / num_probes)
+
+
+@st.composite
+def _spectra(draw):
+  """Eigenvalues, at least .5 apart, with multiplicities that add up to the size."""
+  distinct = draw(st.lists(st.integers(-6, 20), min_size=1, max_size=5, unique=True))
+  cuts = st.lists(st.integers(1, _SIZE - 1), min_size=len(distinct) - 1,
+                  max_size=len(distinct) - 1, unique=True)  # fmt: skip
+  counts = np.diff([0, *sorted(draw(cuts)), _SIZE])
+  return np.array(distinct) / 2, counts
+
+
+@given(_spectra(), st.integers(1, 3), st.integers(0, 2**31 - 1))
+def test_a_density_of_few_distinct_eigenvalues_is_that_of_the_spectrum(
+  spectrum, num_probes, seed
+):
+  distinct, counts = spectrum
+  values = np.repeat(distinct, counts)
+  result = curvature.spectral_density(
+    _operator(values), 10, num_probes, key=jax.random.key(seed)
+  )
+  assert np.trapezoid(result.density, result.grid) == pytest.approx(1, abs=1e-3)
+  assert np.isfinite(result.upper).all()
+  assert (result.lower <= result.density).all()
+  assert (result.density <= result.upper).all()
+  for value, count in zip(distinct, counts, strict=True):
+    # No more copies are placed than there are, and the probes weigh the others.
+    assert (np.abs(result.outliers - value) < 1e-3).sum() <= count
+    error = 6 * _mass_error(count, _SIZE, num_probes)
+    assert _mass(result, value).mean() == pytest.approx(count / _SIZE, abs=error + 1e-5)
+  for power in (1, 2):
+    powers = values**power
+    error = _SIZE * np.sqrt(2 / (_SIZE + 2) * powers.var() / num_probes)
+    rounding = 1e-4 * np.abs(powers).max() * _SIZE
+    found = result.moment(power).value
+    assert found == pytest.approx(powers.sum(), abs=6 * error + rounding)
+
+
+@pytest.mark.parametrize('num_probes', [1, 2])
+@pytest.mark.parametrize(
+  'counts',
+  [
+    pytest.param({1: 20, 2: 20, 5: 20}, id='three-of-20'),
+    pytest.param({0: 50, 2: 8, 7: 2}, id='repeated-outliers'),
+    pytest.param({0: 14, 1: 1, 2: 1, 3: 1, 4: 1, 5: 1, 6: 1}, id='six-examples'),
+  ],
+)
+def test_weights_of_repeated_eigenvalues_are_unbiased(counts, num_probes):
+  """Over many keys; a single run could be right by chance."""
+  values = np.repeat(list(counts), list(counts.values())).astype(float)
+  operator = _operator(values)
+  results = [
+    curvature.spectral_density(operator, 10, num_probes, key=jax.random.key(seed))
+    for seed in range(40)
+  ]
+  for value, count in counts.items():
+    found = np.mean([_mass(result, value).mean() for result in results])
+    error = 4 * _mass_error(count, len(values), 40 * num_probes)
+    assert found == pytest.approx(count / len(values), abs=error + 1e-5)
+
+
+@pytest.mark.parametrize('size', [1, 2, 20])
+@pytest.mark.parametrize('value', [0.0, 3.0, -1e6, 1e-12])
+@pytest.mark.parametrize('num_probes', [1, 3])
+def test_a_density_of_one_eigenvalue_is_one_kernel(size, value, num_probes):
+  operator = curvature.operator(lambda v: value * v, jnp.zeros(size))
+  result = curvature.spectral_density(operator, 5, num_probes)
+  kernel = np.exp(-0.5 * ((result.grid - value) / result.sigma) ** 2)
+  kernel /= result.sigma * np.sqrt(2 * np.pi)
+  np.testing.assert_allclose(result.density, kernel, atol=1e-3 * kernel.max())
+  assert np.trapezoid(result.density, result.grid) == pytest.approx(1, abs=1e-3)
+  for power in (1, 2):
+    found = result.moment(power)
+    assert found.value == pytest.approx(size * value**power, rel=1e-5)
+
+
+def test_a_density_of_a_regression_with_fewer_examples_than_weights():
+  """Rank 6 of 20, and the Fisher matrix of 8 examples, against dense spectra."""
+  x = np.random.default_rng(0).normal(size=(6, 20))
+  y = jnp.zeros(6)
+  loss = lambda w, batch: 0.5 * jnp.mean((batch[0] @ w - batch[1]) ** 2)
+  operator = curvature.hessian(loss, jnp.ones(20), [(jnp.asarray(x, jnp.float32), y)])
+  dense = x.T @ x / 6
+  for num_probes in (1, 4):
+    for seed in range(5):
+      result = curvature.spectral_density(
+        operator, 30, num_probes, key=jax.random.key(seed)
+      )
+      assert np.trapezoid(result.density, result.grid) == pytest.approx(1, abs=1e-3)
+      # Six single eigenvalues and 14 zeros are resolved entirely.
+      assert result.moment(1).value == pytest.approx(np.trace(dense), rel=1e-4)
+      assert result.moment(2).value == pytest.approx((dense**2).sum(), rel=1e-4)
+
+
+def test_a_kernel_that_no_grid_can_show_is_named():
+  operator = _operator(np.linspace(-1, 1, _SIZE))
+  with pytest.raises(ValueError, match='sigma=1e-09: no grid .* give at least'):
+    curvature.spectral_density(operator, 5, 1, sigma=1e-9)
+
+
+def test_moments_of_a_density_that_known_pairs_make_complete(x64):
+  values = np.array([4.0, 3.0, 3.0, -1.0])
+  operator = curvature.operator(lambda v: jnp.asarray(values) * v, jnp.zeros(4))
+  pairs = curvature.eigenpairs(operator, 2, tol=1e-10)
+  result = curvature.spectral_density(operator, 4, 2, pairs=pairs)
+  assert result.moment(2).value == pytest.approx(35, rel=1e-10)
+  assert result.moment(2).standard_error == 0
+  assert np.trapezoid(result.density, result.grid) == pytest.approx(1, abs=1e-3)
