@@ -83,10 +83,10 @@ def _steps(values: Sequence[str], workdir: pathlib.Path) -> list[int]:
   found = checkpoints.steps(workdir)
   if not found:
     checkpoints.load(workdir)  # which says so
-  if list(values) == ['all']:
+  if list(cli.entries('steps', values)) == ['all']:
     return found
   try:
-    wanted = sorted({int(value) for value in values})
+    wanted = sorted({int(value.replace('_', 'x')) for value in values})
   except ValueError:
     raise UsageError(
       f'--steps={",".join(values)}: give numbers of steps, as 100,200, or all.'

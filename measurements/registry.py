@@ -20,6 +20,8 @@ from measurements.measurement import (
 )
 from training.errors import UsageError
 
+_MAX_INT = 2**31 - 1
+
 
 def _regular_expression(value: str) -> str:
   try:
@@ -173,6 +175,8 @@ def _validate(self: Any) -> None:
   """
   for field in dataclasses.fields(self):
     value = getattr(self, field.name)
+    if isinstance(value, int) and value > _MAX_INT:
+      raise UsageError(f'--{field.name}={value}: must be at most {_MAX_INT}.')
     for check in field.metadata['checks']:
       if wrong := check(value):
         raise UsageError(f'--{field.name}={value}: {wrong}.')

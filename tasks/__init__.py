@@ -5,7 +5,9 @@ A task of one's own is a Python file anywhere, or a module, with
 - ``RECIPE``, a `training.Config`: what its flags are where they are not given;
 - ``build(config) -> training.Problem``: model, data, loss of each example, scores;
 - optionally ``METHODS``, arguments of methods that differ from the methods' own, as
-  ``{'sam': {'rho': 0.1}}``.
+  ``{'sam': {'rho': 0.1}}``;
+- optionally ``HEEDS``, those of the fields ``dataset`` and ``label_smoothing`` that its
+  ``build`` reads: the others are refused. Without it none is.
 
 It is named by ``--task=path/to/my_task.py`` or ``--task=package.module``.
 """
@@ -25,6 +27,10 @@ from training import methods, optimizers, plugins, sharing
 from training.errors import UsageError
 
 _HELPERS = ('networks',)
+# Fields that mean nothing to some tasks.
+_OPTIONAL = ('dataset', 'label_smoothing')
+# Of the steps of a run, which are counted in int32.
+_MAX_STEPS = 2**31 - 1
 _FIELDS = {field.name for field in dataclasses.fields(training.Config)}
 
 
@@ -84,6 +90,11 @@ def resolve(name: str = 'digits_mlp', **overrides: Any) -> training.Config:
     given['optimizer'] = plugins.absolute(given['optimizer'])
   recipe = dataclasses.replace(task.RECIPE, task=plugins.absolute(name))
   config = dataclasses.replace(recipe, **given)
+  for field in set(_OPTIONAL) - set(getattr(task, 'HEEDS', _OPTIONAL)):
+    if (value := getattr(config, field)) != getattr(recipe, field):
+      raise UsageError(
+        f'--{field}={value} has no effect with --task={name}: leave it out.'
+      )
   if config.optimizer in optimizers.BASES and 'base_optimizer' not in given:
     config = dataclasses.replace(config, base_optimizer=config.optimizer)
   known = [*methods.found(), config.optimizer]
@@ -145,6 +156,12 @@ def build(config: training.Config) -> training.Problem:
     raise UsageError(
       f'--batch_size={config.batch_size}: the training split has {num_examples} '
       'examples; give at most that.'
+    )
+  steps = config.epochs * (num_examples // config.batch_size)
+  if steps > _MAX_STEPS:
+    raise UsageError(
+      f'--epochs={config.epochs}: {steps:,} steps are more than {_MAX_STEPS:,}: '
+      'give fewer.'
     )
   model = networks.change(problem.model, config.model, problem.example_inputs)
   return problem._replace(model=model)

@@ -23,6 +23,7 @@ RECIPE = training.Config(
   schedule='cosine',
   label_smoothing=0.0,
 )
+HEEDS = ()
 
 
 def build(config: training.Config) -> training.Problem:

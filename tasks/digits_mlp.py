@@ -24,6 +24,7 @@ RECIPE = training.Config(
   schedule='cosine',
   label_smoothing=0.1,
 )
+HEEDS = ('label_smoothing',)
 
 
 def build(config: training.Config) -> training.Problem:

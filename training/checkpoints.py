@@ -349,6 +349,11 @@ def _read(
     jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(leaf)
     for path, leaf in jax.tree_util.tree_flatten_with_path(restored.state)[0]
   }
+  if (stored := int(arrays['step'])) != step:
+    raise UsageError(
+      f'{folder / str(step)} is the checkpoint of step {stored}: give the folder that '
+      'name back.'
+    )
   return Checkpoint(arrays, dict(restored.position))
 
 

@@ -40,14 +40,17 @@ class Flags:
 
   def define(self, name: str, kind: str, help_text: str, default=None) -> None:
     """Defines one flag."""
-    definers = {
-      'str': flags.DEFINE_string,
-      'int': flags.DEFINE_integer,
-      'float': flags.DEFINE_float,
-      'bool': flags.DEFINE_boolean,
-      'list': flags.DEFINE_list,
-    }
-    definers[kind](name, default, help_text, flag_values=self._values)
+    parsers = {'int': _Integer, 'float': _Float}
+    if kind in parsers:
+      serializer = flags.ArgumentSerializer()
+      flags.DEFINE(parsers[kind](), name, default, help_text, self._values, serializer)
+    else:
+      definers = {
+        'str': flags.DEFINE_string,
+        'bool': flags.DEFINE_boolean,
+        'list': flags.DEFINE_list,
+      }
+      definers[kind](name, default, help_text, flag_values=self._values)
     shown = f'--[no]{name}' if kind == 'bool' else f'--{name}={_metavar(kind)}'
     if default not in (None, '', False):
       help_text = f'{help_text} (default: {default})'
@@ -135,30 +138,64 @@ def entries(name: str, texts: Sequence[str] | None) -> Sequence[str] | None:
   """The entries of a list flag, None if it is unset.
 
   Raises:
-    UsageError: it is empty, or one of them is.
+    UsageError: it is empty, or one of them is, or there are two of one.
   """
-  if texts is not None and not all(texts or ['']):
+  if texts is None:
+    return None
+  if not all(texts or ['']):
     raise UsageError(
       f'--{name}={",".join(texts)} has an empty entry: give one or more, as A,B.'
     )
+  _refuse_twice(name, texts, texts)
   return texts
+
+
+def _refuse_twice(name: str, texts: Sequence[str], values: Sequence[object]) -> None:
+  for place, value in enumerate(values):
+    if value in values[:place]:
+      raise UsageError(f'--{name}={",".join(texts)} has {texts[place]} twice.')
 
 
 def numbers(name: str, texts: Sequence[str] | None) -> list[float] | None:
   """The numbers of a list flag.
 
   Raises:
-    UsageError: one of them is not a number.
+    UsageError: one of them is not a number, or there are two of one.
   """
   if texts is None:
     return None
   texts = entries(name, texts)
   try:
-    return [float(text) for text in texts]
+    values = [_Float().convert(text) for text in texts]
   except ValueError:
     raise UsageError(
       f'--{name}={",".join(texts)}: give one or more numbers, as 0.05,0.1.'
     ) from None
+  _refuse_twice(name, texts, values)
+  return values
+
+
+def _plain(text: object) -> object:
+  """A number's text as people write it; Python would read 0_1 as 1."""
+  if isinstance(text, str) and '_' in text:
+    raise ValueError(f'{text!r} is not a number')
+  return text
+
+
+class _Integer(flags.IntegerParser):
+  """Parses integers, without Python's underscores."""
+
+  def convert(self, argument: int | str) -> int:
+    """The value of a text."""
+    return super().convert(_plain(argument))
+
+
+class _Float(flags.FloatParser):
+  """Parses numbers, without Python's underscores."""
+
+  def convert(self, argument: float | int | str) -> float:
+    """The value of a text."""
+    return super().convert(_plain(argument))
 
 
 def run(

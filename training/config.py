@@ -17,7 +17,7 @@ from training.errors import UsageError
 
 FILE_NAME = 'config.json'
 _LOCK_NAME = '.lock'
-_MAX_SEED = 2**31 - 1
+_MAX_INT = 2**31 - 1
 # Raised when a field changes its meaning; older files are brought up to date by `load`.
 FORMAT = 2
 SCHEDULES = ('step', 'cosine', 'constant')
@@ -116,6 +116,9 @@ _NOT_NEGATIVE = (
   'perturb_until',
 )
 _BELOW_ONE = ('momentum', 'label_smoothing')
+# Numbers of the arithmetic of a step, which is in float32.
+_IN_FLOAT32 = ('rho', 'learning_rate', 'weight_decay', 'clip_norm', *_BELOW_ONE)
+_SMALLEST, _LARGEST = 1.1754944e-38, 3.4028234e38
 
 
 def validate(config: Config) -> None:
@@ -128,13 +131,18 @@ def validate(config: Config) -> None:
     value = getattr(config, field.name)
     if isinstance(value, float) and not math.isfinite(value):
       raise UsageError(f'--{field.name}={value}: must be a finite number.')
+    if type(value) is int:
+      _require(config, field.name, value <= _MAX_INT, f'must be at most {_MAX_INT}')
+  for name in _IN_FLOAT32:
+    size = abs(getattr(config, name) or 0)
+    reason = f'float32 has 0 and numbers from {_SMALLEST:.2g} to {_LARGEST:.2g} only'
+    _require(config, name, size == 0 or _SMALLEST <= size <= _LARGEST, reason)
   for name, choices in _CHOICES.items():
     require_choice(name, getattr(config, name), choices)
   for names, allowed, reason in (
     (_AT_LEAST_ONE, lambda x: x >= 1, 'must be at least 1'),
     (_NOT_NEGATIVE, lambda x: x >= 0, 'must not be negative'),
     (_BELOW_ONE, lambda x: 0 <= x < 1, 'must be at least 0 and below 1'),
-    (('seed', 'split_seed'), lambda x: x <= _MAX_SEED, f'must be at most {_MAX_SEED}'),
   ):
     for name in names:
       _require(config, name, allowed(getattr(config, name)), reason)
@@ -237,6 +245,8 @@ def load(workdir: str | os.PathLike[str]) -> Config:
         f'{path} has fields unknown to this version ({", ".join(unknown)}): use the '
         'version that wrote it.'
       )
+    for name, value in fields.items():
+      _require_type(name, value)
     return Config(**fields)
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     if isinstance(error, UsageError):
@@ -244,6 +254,17 @@ def load(workdir: str | os.PathLike[str]) -> Config:
     raise UsageError(
       f'{path} is damaged ({error}): restore it, or choose another --workdir.'
     ) from error
+
+
+def _require_type(name: str, value: Any) -> None:
+  """Raises TypeError if a stored value cannot be that of a field."""
+  (wanted,) = (f.type for f in dataclasses.fields(Config) if f.name == name)
+  kind, _, optional = str(wanted).partition(' | ')
+  kinds = {'str': (str,), 'int': (int,), 'float': (int, float)}.get(kind, (dict,))
+  if optional and value is None:
+    return
+  if not isinstance(value, kinds) or isinstance(value, bool):
+    raise TypeError(f'{name} is {value!r}, and must be of the type {wanted}')
 
 
 def label(config: Config) -> str:

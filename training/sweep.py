@@ -14,6 +14,7 @@ from training.config import Config
 from training.errors import UsageError
 from training.problem import Problem
 
+_MAX_SEEDS = 10_000
 RESULTS_NAME = 'sweep.json'
 # Measures the sharpness of a finished run: ``measure(config, problem, workdir)``.
 Measure = Callable[[Config, Problem, pathlib.Path], dict[str, Any]]
@@ -36,10 +37,10 @@ def points(
     seeds: number of seeds from the configuration's own on; None is a single one.
 
   Raises:
-    UsageError: one of the configurations, or seeds < 1.
+    UsageError: one of the configurations, or seeds that are none or too many.
   """
-  if seeds is not None and seeds < 1:
-    raise UsageError(f'--seeds={seeds}: must be at least 1.')
+  if seeds is not None and not 1 <= seeds <= _MAX_SEEDS:
+    raise UsageError(f'--seeds={seeds}: must be at least 1 and at most {_MAX_SEEDS}.')
   if len(names) == len(radii) == 1 and seeds is None:
     return {'': resolve(optimizer=names[0], rho=radii[0])}
   found = {}

@@ -12,6 +12,7 @@ import socket
 import pytest
 
 import eval_hessian
+import tasks
 import train
 from input_pipelines import DataError, image_folder
 from training import checkpoints, cli, metrics, parallel
@@ -248,3 +249,81 @@ def test_a_coordinator_that_is_not_there(monkeypatch, capsys):
   flags[0] = '--coordinator=localhost:http'
   assert _train(*flags) == 2
   assert "'http' is no port" in _sentence(capsys)
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'words'),
+  [
+    ('--dataset=foo', '--dataset=foo has no effect with --task=digits_mlp'),
+    ('--task=diabetes_mlp --dataset=foo', '--dataset=foo has no effect with'),
+    ('--task=diabetes_mlp --label_smoothing=.2', '--label_smoothing=0.2 has no effect'),
+    ('--epochs=1e20', '--epochs=1e20'),
+    ('--epochs=100000000000000000000', 'must be at most 2147483647'),
+    ('--epochs=2000000000', '--epochs=2000000000: 78,000,000,000 steps are'),
+    ('--split_seed=2147483648', 'must be at most 2147483647'),
+    ('--batch_size=99999999999', 'must be at most 2147483647'),
+    ('--log_every=99999999999', 'must be at most 2147483647'),
+    ('--seeds=1000000000000', '--seeds=1000000000000: must be at least 1 and at most'),
+    ('--optimizer=sam --rho=0_1', '--rho=0_1: give one or more numbers'),
+    ('--learning_rate=0_1', "'0_1' is not a number"),
+    ('--epochs=1_0', "'1_0' is not a number"),
+    ('--optimizer=sam --rho=1e-60', '--rho=1e-60: float32 has 0 and numbers from'),
+    ('--learning_rate=1e39', '--learning_rate=1e+39: float32 has'),
+    ('--weight_decay=1e-40', '--weight_decay=1e-40: float32 has'),
+    ('--optimizer=sam,sam', '--optimizer=sam,sam has sam twice'),
+    ('--optimizer=sam --rho=.1,0.1', '--rho=.1,0.1 has 0.1 twice'),
+    ('--measure=trace,trace', '--measure=trace,trace has trace twice'),
+  ],
+)
+def test_nonsense_is_refused(arguments, words, tmp_path, capsys):
+  workdir = tmp_path / 'run'
+  assert _train(f'--workdir={workdir}', *arguments.split()) == 2
+  assert words in _sentence(capsys)
+  assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+  ('argument', 'words'),
+  [
+    ('--steps=', '--steps= has an empty entry'),
+    ('--steps=4_0', '--steps=4_0: give numbers of steps'),
+    ('--steps=40,40', '--steps=40,40 has 40 twice'),
+    ('--measure=trace,trace', '--measure=trace,trace has trace twice'),
+    ('--seed=99999999999999999999', 'must be at most 2147483647'),
+    ('--tol=0_1', "'0_1' is not a number"),
+  ],
+)
+def test_nonsense_is_not_measured(finished, argument, words, capsys):
+  assert _eval(f'--workdir={finished}', argument) == 2
+  assert words in _sentence(capsys, 'eval_hessian.py')
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [('epochs', '3'), ('rho', '.1'), ('task', 3), ('seed', True), ('momentum', None)],
+)
+def test_a_config_with_wrong_types_is_damaged(finished, tmp_path, capsys, field, value):
+  stored = json.loads((finished / 'config.json').read_text())
+  stored['config'][field] = value
+  (tmp_path / 'config.json').write_text(json.dumps(stored))
+  words = f'config.json is damaged ({field} is {value!r}, and must be of the type'
+  for script, run in (('train.py', _train), ('eval_hessian.py', _eval)):
+    assert run(f'--workdir={tmp_path}') == 2
+    assert words in _sentence(capsys, script)
+
+
+def test_a_renamed_checkpoint_is_not_taken_for_another(stopped, capsys):
+  folder = stopped / 'checkpoints'
+  (folder / '80').rename(folder / '100')
+  for script, run, flags in (
+    ('train.py', _train, _FLAGS),
+    ('eval_hessian.py', _eval, ('--measure=trace',)),
+  ):
+    assert run(f'--workdir={stopped}', *flags) == 2
+    assert 'checkpoints/100 is the checkpoint of step 80' in _sentence(capsys, script)
+
+
+def test_a_task_of_ones_own_declares_nothing(tmp_path):
+  path = tmp_path / 'own_digits.py'
+  path.write_text('from tasks.digits_mlp import RECIPE, build\n')
+  assert tasks.resolve(str(path), dataset='mine').dataset == 'mine'
