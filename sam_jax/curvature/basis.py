@@ -242,14 +242,14 @@ def dot(x: jax.Array, y: jax.Array) -> float:
 
 @jax.jit
 def add_scaled(x: jax.Array, scale: float, y: jax.Array) -> jax.Array:
-  """``x + scale * y``."""
-  return x + scale * y
+  """``x + scale * y``, in the type of x: a float64 of the host does not widen it."""
+  return x + jnp.asarray(scale, x.dtype) * y
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def rescale(x: jax.Array, scale: float) -> jax.Array:
-  """``scale * x``; donates it."""
-  return scale * x
+  """``scale * x``, in the type of x; donates it."""
+  return jnp.asarray(scale, x.dtype) * x
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -104,5 +104,5 @@ def tridiagonalize(
     betas=betas,
     basis=basis,
     remainder=jax.tree.map(lambda x: x * betas[-1].astype(x.dtype), following),
-    size=jnp.cumprod(begun.astype(jnp.int32)).sum(),
+    size=jnp.cumprod(begun, dtype=jnp.int32).sum(dtype=jnp.int32),
   )

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sam_jax.landscape
 from sam_jax import curvature
 
 _SIZE = 60  # one size, so that little is compiled
@@ -145,3 +146,41 @@ def test_moments_of_a_density_that_known_pairs_make_complete(x64):
   assert result.moment(2).value == pytest.approx(35, rel=1e-10)
   assert result.moment(2).standard_error == 0
   assert np.trapezoid(result.density, result.grid) == pytest.approx(1, abs=1e-3)
+
+
+_SEPARATED = np.r_[9.0, 7.0, -6.0, np.linspace(-1, 1, _SIZE - 3)]
+
+
+def test_float32_parameters_where_float64_is_enabled(x64):
+  operator = _operator(_SEPARATED)
+  # A small basis, so that it restarts.
+  pairs = curvature.eigenpairs(operator, 2, max_basis_size=14, tol=1e-5)
+  np.testing.assert_allclose(pairs.eigenvalues, [9, 7, -1, -6], atol=1e-4)
+  assert pairs.converged.all() and pairs.verified
+  warm = curvature.eigenpairs(operator, 2, start=pairs, tol=1e-3)
+  np.testing.assert_allclose(warm.eigenvalues, pairs.eigenvalues, atol=1e-4)
+  density = curvature.spectral_density(operator, 12, 2)
+  estimates = [
+    density.moment(1),
+    curvature.trace(operator, 40),
+    curvature.trace(operator, 20, pairs=pairs),
+    curvature.diagonal(operator, 20).leaf_traces[''],
+  ]
+  for estimate in estimates:
+    assert abs(estimate.value - _SEPARATED.sum()) < 4 * estimate.standard_error
+  result = jax.jit(lambda: curvature.tridiagonalize(operator.matvec, 3, jnp.ones(60)))()
+  assert result.size.dtype == jnp.int32
+  for vector in (pairs.eigenvectors[0], curvature.diagonal(operator, 2).value):
+    assert vector.dtype == jnp.float32
+
+
+def test_a_landscape_of_float32_parameters_where_float64_is_enabled(x64):
+  params = jnp.ones(2, jnp.float32)
+  loss = lambda w, x: jnp.mean(x * jnp.array([[3, -1.5]]) * w[None] ** 2)
+  directions = sam_jax.landscape.random_directions(
+    jax.random.key(0), params, include_vectors=True
+  )
+  ratio = sam_jax.landscape.eigen_ratio(
+    loss, params, directions, [0.0], [0.0], [jnp.ones((4, 2), jnp.float64)]
+  )
+  assert ratio.loss.item() == pytest.approx(0.5, rel=1e-4)
