@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -174,6 +175,45 @@ def _outcome(workdir):
   arrays = checkpoints.load(workdir).arrays
   lines = (workdir / 'metrics.jsonl').read_bytes()
   return {name: array.tobytes() for name, array in arrays.items()}, lines
+
+
+# Trains to the end in one folder, and in another until it is killed after step 30.
+_KILLED_AFTER_STEP_30 = """
+import os, signal, sys
+import train
+from training import cli, parallel
+
+whole, killed, *flags = sys.argv[1:]
+run = lambda folder: cli.run(train.main, ['train.py', f'--workdir={folder}', *flags])
+if run(whole) == 0:
+  kill = lambda step, asked: step == 30 and os.kill(os.getpid(), signal.SIGKILL)
+  parallel.agree_to_stop = kill
+  run(killed)
+"""
+
+
+def test_a_kill_changes_no_bit_of_optimized_programs(tmp_path):
+  """The tests of the loop compile without optimizations; this one as a user does."""
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  flags = ['--optimizer=sam', '--epochs=1', '--checkpoint_every=7', '--log_every=11']
+  cache = {
+    'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
+  done = subprocess.run(
+    [sys.executable, '-c', _KILLED_AFTER_STEP_30, whole, killed, *flags, '--notiming'],
+    cwd=_ROOT,
+    capture_output=True,
+    text=True,
+    env={**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu', **cache},
+  )
+  assert done.returncode == -signal.SIGKILL, done.stderr
+  assert not (killed / 'summary.json').exists()
+  resumed = _start(killed, *flags, environment=cache)
+  printed, error = resumed.communicate(timeout=300)
+  assert (resumed.returncode, error) == (0, '')
+  assert re.search('going on after step (21|28) of ', printed)
+  assert _outcome(killed) == _outcome(whole)
 
 
 def test_folders_that_cannot_be_used(tmp_path, capsys):
