@@ -1,12 +1,11 @@
 """Curvature of a loss: operators, eigenpairs, spectral density, traces."""
 
+from sam_jax.curvature.basis import AsymmetryError as AsymmetryError
 from sam_jax.curvature.basis import NonFiniteError as NonFiniteError
 from sam_jax.curvature.density import SpectralDensity as SpectralDensity
 from sam_jax.curvature.density import spectral_density as spectral_density
-from sam_jax.curvature.eigen import Eigenpairs as Eigenpairs
 from sam_jax.curvature.eigen import Progress as Progress
 from sam_jax.curvature.eigen import eigenpairs as eigenpairs
-from sam_jax.curvature.eigen import load_eigenpairs as load_eigenpairs
 from sam_jax.curvature.estimates import DiagonalEstimate as DiagonalEstimate
 from sam_jax.curvature.estimates import Estimate as Estimate
 from sam_jax.curvature.estimates import diagonal as diagonal
@@ -22,6 +21,8 @@ from sam_jax.curvature.operators import HessianOperator as HessianOperator
 from sam_jax.curvature.operators import Operator as Operator
 from sam_jax.curvature.operators import hessian as hessian
 from sam_jax.curvature.operators import operator as operator
+from sam_jax.curvature.pairs import Eigenpairs as Eigenpairs
+from sam_jax.curvature.pairs import load_eigenpairs as load_eigenpairs
 from sam_jax.curvature.products import hessian_product as hessian_product
 from sam_jax.curvature.products import hvp as hvp
 from sam_jax.curvature.products import mean_product as mean_product

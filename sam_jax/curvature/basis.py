@@ -36,6 +36,10 @@ class NonFiniteError(ArithmeticError):
   """A product with an operator is NaN or infinite, or a vector cannot be scaled."""
 
 
+class AsymmetryError(ValueError):
+  """Products with an operator are not those of a symmetric matrix."""
+
+
 def stream(key: jax.Array | None, number: int) -> jax.Array:
   """A key of one stream; None is that of ``jax.random.key(0)``."""
   if key is not None and not isinstance(key, jax.Array):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -10,7 +11,8 @@ import jax
 import numpy as np
 
 from sam_jax.curvature import basis as basis_lib
-from sam_jax.curvature import eigen, estimates, lanczos, operators
+from sam_jax.curvature import estimates, lanczos, operators
+from sam_jax.curvature import pairs as pairs_lib
 
 # In the band also stands so much of the height of one eigenvalue: Ritz values are not
 # more exact than that.
@@ -72,10 +74,11 @@ def spectral_density(
   num_probes: int = 6,
   *,
   key: jax.Array | None = None,
-  pairs: eigen.Eigenpairs | None = None,
+  pairs: pairs_lib.Eigenpairs | None = None,
   sigma: float | None = None,
   tol: float = 1e-4,
   max_basis_gib: float = 8.0,
+  check_symmetry: bool = True,
 ) -> SpectralDensity:
   r"""Density of the eigenvalues, with a band of its error.
 
@@ -112,12 +115,15 @@ def spectral_density(
     max_basis_gib: memory in GiB for num_matvecs Lanczos vectors, the eigenvectors of
       the outliers and the work vectors. Without ``pairs`` only so many outliers are
       placed exactly as it leaves room for.
+    check_symmetry: raise an error if the products are not those of a symmetric
+      operator. It takes no further products: those of each run are compared.
 
   Returns:
     The density.
 
   Raises:
     ValueError: an argument is out of range, or ``max_basis_gib`` is too little.
+    AsymmetryError: the operator is not symmetric; it is a ValueError.
     NonFiniteError: the operator answered NaN or infinity.
 
   >>> import jax.numpy as jnp
@@ -139,22 +145,22 @@ def spectral_density(
   first = operator.num_matvecs
   layout = basis_lib.Layout.of(operator.structure)
   least = layout.rounded(num_matvecs)
+  grown = functools.partial(_grown, operator, num_matvecs, check_symmetry)
   reused = None
   if pairs is None:
     # What is left holds the outliers; those for which there is no room are not placed.
     left = layout.room(max_basis_gib, least) - least
-    outliers, locked, reused = _first_probe(
-      operator, layout, num_matvecs, key, tol, left
-    )
+    first_run = grown(layout.normal(jax.random.fold_in(key, 0)))
+    outliers, locked, reused = _first_probe(first_run, tol, left)
+    scale = float(np.abs(first_run.ritz()[0]).max())
   else:
     layout.room(max_basis_gib, least + layout.rounded(int(pairs.converged.sum())))
     outliers, _, locked = pairs.known(layout)
+    scale = pairs.scale
 
   def probe(index):
     start = layout.normal(jax.random.fold_in(key, index))
-    decomposition = lanczos.Decomposition(operator, start, locked)
-    decomposition.grow(num_matvecs)
-    values, vectors, bounds = decomposition.ritz()
+    values, vectors, bounds = grown(start, locked, scale).ritz()
     return _Quadrature(values, vectors[0] ** 2, bounds)
 
   quadratures = []
@@ -176,28 +182,34 @@ class _Quadrature(NamedTuple):
   bounds: np.ndarray
 
 
-def _first_probe(operator, layout, num_matvecs, key, tol, most):
+def _grown(operator, num_matvecs, check_symmetry, start, locked=None, scale=0.0):
+  """A Lanczos decomposition from a start vector, orthogonal to a basis."""
+  decomposition = lanczos.Decomposition(
+    operator, start, locked, scale, check_symmetry=check_symmetry
+  )
+  decomposition.grow(num_matvecs)
+  decomposition.require_symmetry()
+  return decomposition
+
+
+def _first_probe(decomposition, tol, most):
   """Outliers, their basis, and the probe's quadrature of the rest or None.
 
   The quadrature is None if eigenvalues are repeated, as the Krylov space ended early or
   the outliers hold more of the probe than single eigenvectors would: the weight of all
   copies in this probe went to the outliers.
   """
-  decomposition = lanczos.Decomposition(
-    operator, layout.normal(jax.random.fold_in(key, 0))
-  )
-  decomposition.grow(num_matvecs)
   values, vectors, bounds = decomposition.ritz()
-  weights = vectors[0] ** 2
-  complete = len(values) == operator.size  # Then no eigenvalue is repeated.
+  weights, size = vectors[0] ** 2, decomposition.operator.size
+  complete = len(values) == size  # Then no eigenvalue is repeated.
   converged = bounds <= tol * np.abs(values).max()
-  chances = _log_chance(weights, 1, operator.size)
+  chances = _log_chance(weights, 1, size)
   candidates = np.flatnonzero(converged & (complete | (chances > _REPEATED)))
   chosen = np.zeros(len(values), bool)
   chosen[candidates[np.argsort(-np.abs(values[candidates]))[:most]]] = True
   locked = decomposition.basis.combine(vectors[:, chosen])
   rest, count = weights[~chosen], int(chosen.sum())
-  chance = _log_chance(weights[chosen].sum(), count, operator.size)
+  chance = _log_chance(weights[chosen].sum(), count, size)
   least = chances[chosen].min(initial=0) + math.log(max(count, 1))
   doubtful = decomposition.exhausted or min(chance, least) < _DOUBTFUL
   if count and doubtful and not complete:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sam_jax.curvature import basis as basis_lib
 from sam_jax.curvature import lanczos, operators
+from sam_jax.curvature.pairs import Eigenpairs
 
 Which = Literal['largest', 'smallest', 'both']
 _MISS_PROBABILITY = 1e-3
-_LEAF = 'eigenvectors_{}'  # name of the leaves of that number in a file
 _SIGNS = {'largest': (1,), 'smallest': (-1,), 'both': (1, -1)}
 
 
@@ -39,117 +36,6 @@ class Progress(NamedTuple):
   eigenvalues: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class Eigenpairs:
-  """Eigenpairs with certificates; eigenvalues descend.
-
-  Attributes:
-    eigenvalues: float64 (r,), Rayleigh quotients.
-    eigenvectors: r pytrees of norm 1, orthogonal to each other.
-    residuals: float64 (r,), the true ``|A v - theta v|``, measured by one product each.
-      An eigenvalue of the operator lies within it of each theta.
-    bounds: float64 (r,), the residuals that the Lanczos recurrence predicted.
-    converged: bool (r,), residual <= tol * scale.
-    scale: the largest |theta| met in the search.
-    tol: the tolerance asked for.
-    num_matvecs: products taken, the final ones included.
-    verified: a search from a fresh random vector, orthogonal to the pairs found, met
-      no further eigenvalue among the wanted: no copy of a repeated one is missing.
-  """
-
-  eigenvalues: np.ndarray
-  eigenvectors: tuple[Any, ...]
-  residuals: np.ndarray
-  bounds: np.ndarray
-  converged: np.ndarray
-  scale: float
-  tol: float
-  num_matvecs: int
-  verified: bool
-
-  def known(
-    self, layout: basis_lib.Layout, most: int | None = None
-  ) -> tuple[np.ndarray, np.ndarray, basis_lib.Basis]:
-    """The converged pairs, for deflation.
-
-    Args:
-      layout: that of the operator's vectors.
-      most: only so many, those of the largest absolute value; None is all.
-
-    Returns:
-      The eigenvalues, the residuals, and a basis of the eigenvectors.
-    """
-    chosen = np.flatnonzero(self.converged)
-    chosen = np.sort(chosen[np.argsort(-np.abs(self.eigenvalues[chosen]))][:most])
-    basis = basis_lib.Basis(layout)
-    for index in chosen:
-      vector = layout.pack(self.eigenvectors[index])
-      basis.append(basis_lib.orthonormal(vector, basis))
-    return self.eigenvalues[chosen], self.residuals[chosen], basis
-
-  def save(self, path: str | os.PathLike[str]) -> None:
-    """Writes an npz file that `load_eigenpairs` reads.
-
-    It holds the arrays under their names and, as ``eigenvectors_0``,
-    ``eigenvectors_1`` and so on, the leaves of the eigenvectors: (r, *shape), of at
-    least float32.
-    """
-    arrays = {name: getattr(self, name) for name in _SAVED}
-    leaves = zip(*map(jax.tree.leaves, self.eigenvectors), strict=True)
-    for index, parts in enumerate(leaves):
-      dtype = jnp.promote_types(parts[0].dtype, jnp.float32)
-      arrays[_LEAF.format(index)] = np.stack([np.asarray(x, dtype) for x in parts])
-    with open(path, 'wb') as file:
-      np.savez(file, **arrays)
-
-
-_SAVED = [f.name for f in dataclasses.fields(Eigenpairs) if f.name != 'eigenvectors']
-
-
-def load_eigenpairs(path: str | os.PathLike[str], like: Any) -> Eigenpairs:
-  """Reads eigenpairs that `Eigenpairs.save` wrote.
-
-  Args:
-    path: the file.
-    like: a pytree with the structure, shapes and dtypes of an eigenvector: the
-      parameters, or the ``structure`` of the operator.
-
-  Returns:
-    The eigenpairs, bit for bit; to draw along, or a warm start for `eigenpairs`.
-
-  Raises:
-    ValueError: the eigenvectors in the file do not have the shapes of ``like``.
-
-  >>> import os, tempfile
-  >>> import jax.numpy as jnp
-  >>> op = operators.operator(lambda v: 2 * v, jnp.zeros(3))
-  >>> with tempfile.TemporaryDirectory() as folder:
-  ...   file = os.path.join(folder, 'pairs.npz')
-  ...   eigenpairs(op, 1).save(file)
-  ...   load_eigenpairs(file, op.structure).eigenvalues.round(4).tolist()
-  [2.0, 2.0]
-  """
-  layout = basis_lib.Layout.of(like)
-  with np.load(path) as arrays:
-    names = [name for name in arrays.files if name not in _SAVED]
-    stacks = [arrays[_LEAF.format(index)] for index in range(len(names))]
-    saved = {name: arrays[name] for name in _SAVED}
-  shapes = tuple(stack.shape[1:] for stack in stacks)
-  if shapes != layout.shapes:
-    raise ValueError(
-      f'{os.fspath(path)} holds eigenvectors with leaves of shapes {list(shapes)}, but '
-      f'like= has {list(layout.shapes)}: give the parameters they were computed for'
-    )
-  leaves = [
-    [jnp.asarray(part, dtype) for part in stack]
-    for stack, dtype in zip(stacks, layout.dtypes, strict=True)
-  ]
-  return Eigenpairs(
-    eigenvectors=tuple(map(layout.treedef.unflatten, zip(*leaves, strict=True))),
-    **{name: x if x.ndim else x.item() for name, x in saved.items()},
-  )
-
-
 def eigenpairs(
   operator: operators.Operator,
   k: int = 5,
@@ -162,6 +48,7 @@ def eigenpairs(
   max_basis_gib: float = 8.0,
   max_basis_size: int = 400,
   verify: bool = True,
+  check_symmetry: bool = True,
   progress: Callable[[Progress], None] | None = None,
 ) -> Eigenpairs:
   r"""Extreme eigenvalues of an operator by thick-restart Lanczos, to a tolerance.
@@ -183,6 +70,8 @@ def eigenpairs(
     max_basis_gib: memory for the basis in GiB; a restart keeps it below.
     max_basis_size: number of basis vectors at which to restart in any case.
     verify: look for missed copies of repeated eigenvalues.
+    check_symmetry: raise an error if the products are not those of a symmetric
+      operator. It takes no further products: those of the search are compared.
     progress: called after every product.
 
   Returns:
@@ -190,6 +79,7 @@ def eigenpairs(
 
   Raises:
     ValueError: an argument is out of range, or ``max_basis_gib`` is too little.
+    AsymmetryError: the operator is not symmetric; it is a ValueError.
     NonFiniteError: the operator answered NaN or infinity.
 
   >>> import jax.numpy as jnp
@@ -208,7 +98,7 @@ def eigenpairs(
     raise ValueError(f'k={k}: give a whole number from 1 to the size, {operator.size}')
   if not 0 < tol < 1:
     raise ValueError(f'tol={tol}: give a relative tolerance between 0 and 1')
-  search = _Search(operator, k, which, tol, max_num_matvecs, progress)
+  search = _Search(operator, k, which, tol, max_num_matvecs, progress, check_symmetry)
   search.limit_basis(max_basis_gib, max_basis_size)
   key = basis_lib.stream(key, basis_lib.EIGENPAIRS_STREAM)
   verified = search.run(_start_vector(search.layout, start, key))
@@ -226,8 +116,11 @@ def eigenpairs(
 class _Search:
   """The pairs found so far, and the rounds of Lanczos that look for more."""
 
-  def __init__(self, operator, k, which, tol, max_num_matvecs, progress):
+  def __init__(
+    self, operator, k, which, tol, max_num_matvecs, progress, check_symmetry
+  ):
     self.operator = operator
+    self.check_symmetry = check_symmetry
     self.layout = basis_lib.Layout.of(operator.structure)
     self.k = k
     self.signs = _SIGNS[which]
@@ -278,7 +171,11 @@ class _Search:
   def run(self, start: jax.Array) -> bool:
     """Searches the complement of the found pairs; False if products ran out."""
     self.decomposition = lanczos.Decomposition(
-      self.operator, start, self.locked, self.scale
+      self.operator,
+      start,
+      self.locked,
+      self.scale,
+      check_symmetry=self.check_symmetry,
     )
     thresholds = [self._threshold(sign) for sign in self.signs]
     while True:
@@ -298,6 +195,7 @@ class _Search:
         for sign, threshold in zip(self.signs, thresholds, strict=True)
       ]
       if all(done for done, _ in ends):
+        self.decomposition.require_symmetry()
         self.num_found += len(set().union(*(pairs for _, pairs in ends)))
         self._lock(values, vectors, bounds)
         return True
@@ -307,6 +205,7 @@ class _Search:
     values, bounds = self.locked_values, self.locked_bounds
     vectors = self.locked
     if self.decomposition is not None:
+      self.decomposition.require_symmetry()
       ritz_values, coefficients, ritz_bounds = self.decomposition.ritz()
       chosen = self._wanted(np.concatenate([values, ritz_values]))
       old = chosen[chosen < len(values)]
@@ -342,16 +241,17 @@ class _Search:
       trees.append(self.layout.unpack(vector))
     self.scale = max(self.scale, float(np.abs(values).max()))
     residuals = np.array(residuals)
+    converged = residuals <= self.tol * self.scale
     return Eigenpairs(
       eigenvalues=values,
       eigenvectors=tuple(trees),
       residuals=residuals,
       bounds=bounds[order],
-      converged=residuals <= self.tol * self.scale,
+      converged=converged,
       scale=self.scale,
       tol=self.tol,
       num_matvecs=self.operator.num_matvecs - self._first_matvec,
-      verified=verified,
+      verified=bool(verified and converged.all()),
     )
 
   def _threshold(self, sign: int) -> float:

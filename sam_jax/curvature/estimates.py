@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam_jax.curvature import basis as basis_lib
-from sam_jax.curvature import eigen, lanczos, operators, transforms
+from sam_jax.curvature import lanczos, operators, transforms
+from sam_jax.curvature import pairs as pairs_lib
 
 
 class Estimate(NamedTuple):
@@ -33,7 +34,7 @@ def trace(
   num_matvecs: int = 60,
   *,
   key: jax.Array | None = None,
-  pairs: eigen.Eigenpairs | None = None,
+  pairs: pairs_lib.Eigenpairs | None = None,
   max_basis_gib: float = 8.0,
 ) -> Estimate:
   r"""Trace of an operator: a subspace exactly, the rest by random probes.
@@ -43,9 +44,10 @@ def trace(
 
   The subspace takes the large eigenvalues out of the variance. It is that of known
   eigenvectors or, without ``pairs``, a Lanczos basis that half of the products grow.
+  The estimate is unbiased for operators that are not symmetric too.
 
   Args:
-    operator: a symmetric operator of size n.
+    operator: an operator of size n.
     num_matvecs: number of products, at least 4; with pairs at least 2.
     key: typed PRNG key; None is ``jax.random.key(0)``.
     pairs: eigenpairs that are known already; the converged ones are used.
@@ -77,7 +79,9 @@ def trace(
   room = layout.room(max_basis_gib)
   if pairs is None:
     decomposition = lanczos.Decomposition(
-      operator, layout.normal(jax.random.fold_in(key, 0))
+      operator,
+      layout.normal(jax.random.fold_in(key, 0)),
+      check_symmetry=False,  # Any orthonormal basis serves.
     )
     decomposition.grow(min(num_matvecs // 2, room))
     inside, known = float(np.trace(decomposition.projected)), decomposition.basis
@@ -98,7 +102,7 @@ def squared_frobenius_norm(
   num_matvecs: int = 30,
   *,
   key: jax.Array | None = None,
-  pairs: eigen.Eigenpairs | None = None,
+  pairs: pairs_lib.Eigenpairs | None = None,
   max_basis_gib: float = 8.0,
 ) -> Estimate:
   r"""Sum of the squared eigenvalues: known pairs exactly, the rest by random probes.
@@ -107,10 +111,11 @@ def squared_frobenius_norm(
             + (n - r)\, \mathbb{E}\; |A z|^2, \quad z \perp Q,\ |z| = 1
 
   where :math:`r_i` is the residual of the pair :math:`\theta_i, q_i`. The largest
-  eigenvalues are nearly all of the variance: give pairs where they are known.
+  eigenvalues are nearly all of the variance: give pairs where they are known. Of an
+  operator that is not symmetric it is the sum of the squared singular values.
 
   Args:
-    operator: a symmetric operator of size n.
+    operator: an operator of size n.
     num_matvecs: number of products, at least 2.
     key: typed PRNG key; None is ``jax.random.key(0)``.
     pairs: eigenpairs that are known already; the converged ones are used.
@@ -178,10 +183,11 @@ def diagonal(
             z_j = \pm 1
 
   The variance of an entry is :math:`\sum_{k \ne j} a_{jk}^2`: a diagonal operator's is
-  exact. Its relative error is large in general, that of a leaf's trace is not.
+  exact. Its relative error is large in general, that of a leaf's trace is not. Both are
+  unbiased for operators that are not symmetric too.
 
   Args:
-    operator: a symmetric operator.
+    operator: an operator.
     num_matvecs: number of products, at least 2.
     key: typed PRNG key; None is ``jax.random.key(0)``.
 

@@ -1,6 +1,7 @@
 """Operators that broke a solver without a word: repeated spectra, types, asymmetry."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -120,14 +121,16 @@ def test_a_density_of_a_regression_with_fewer_examples_than_weights():
   y = jnp.zeros(6)
   loss = lambda w, batch: 0.5 * jnp.mean((batch[0] @ w - batch[1]) ** 2)
   operator = curvature.hessian(loss, jnp.ones(20), [(jnp.asarray(x, jnp.float32), y)])
-  dense = x.T @ x / 6
-  for num_probes in (1, 4):
-    for seed in range(5):
-      result = curvature.spectral_density(
-        operator, 30, num_probes, key=jax.random.key(seed)
-      )
+  z = np.random.default_rng(1).normal(size=(8, 20))
+  losses = lambda w, batch: jnp.sin(batch @ w)
+  fisher = curvature.empirical_fisher(
+    losses, jnp.zeros(20), [jnp.asarray(z, jnp.float32)]
+  )
+  for op, dense in ((operator, x.T @ x / 6), (fisher, z.T @ z / 8)):
+    for num_probes, seed in itertools.product((1, 4), range(5)):
+      result = curvature.spectral_density(op, 30, num_probes, key=jax.random.key(seed))
       assert np.trapezoid(result.density, result.grid) == pytest.approx(1, abs=1e-3)
-      # Six single eigenvalues and 14 zeros are resolved entirely.
+      # The single eigenvalues and the zeros are resolved entirely.
       assert result.moment(1).value == pytest.approx(np.trace(dense), rel=1e-4)
       assert result.moment(2).value == pytest.approx((dense**2).sum(), rel=1e-4)
 
@@ -184,3 +187,97 @@ def test_a_landscape_of_float32_parameters_where_float64_is_enabled(x64):
     loss, params, directions, [0.0], [0.0], [jnp.ones((4, 2), jnp.float64)]
   )
   assert ratio.loss.item() == pytest.approx(0.5, rel=1e-4)
+
+
+def _of_matrix(matrix, dtype=np.float32):
+  matrix = jnp.asarray(matrix, dtype)
+  product = lambda v: jnp.matmul(matrix, v, precision='highest')
+  return curvature.operator(product, jnp.zeros(len(matrix), dtype))
+
+
+def _asymmetric(kind):
+  random = np.random.default_rng(3).normal(size=(_SIZE, _SIZE))
+  if kind == 'antisymmetric-part':
+    return random + random.T + 0.2 * (random - random.T)
+  if kind == 'triangular':
+    return np.triu(random)
+  matrix = np.diag(np.linspace(0, 1, _SIZE))
+  matrix[0, 1] = 0.5
+  return matrix
+
+
+_ASYMMETRIC = ['antisymmetric-part', 'triangular', 'one-entry']
+
+
+@pytest.mark.parametrize('kind', _ASYMMETRIC)
+def test_an_operator_that_is_not_symmetric_is_refused(kind):
+  operator = _of_matrix(_asymmetric(kind))
+  for solve in (
+    lambda: curvature.eigenpairs(operator, 2),
+    lambda: curvature.eigenpairs(operator, 2, max_num_matvecs=9),
+    lambda: curvature.spectral_density(operator, 10, 1),
+    lambda: curvature.spectral_density(operator, 5, 1),
+  ):
+    before = operator.num_matvecs
+    with pytest.raises(ValueError, match='not symmetric: .* check_symmetry=False'):
+      solve()
+    assert operator.num_matvecs - before <= 20
+
+
+def test_eigenpairs_that_did_not_converge_are_not_verified():
+  operator = _of_matrix(_asymmetric('antisymmetric-part'))
+  pairs = curvature.eigenpairs(operator, 2, check_symmetry=False)
+  assert not pairs.converged.all()
+  assert not pairs.verified
+  density = curvature.spectral_density(operator, 10, 1, check_symmetry=False)
+  assert np.trapezoid(density.density, density.grid) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize('kind', _ASYMMETRIC)
+def test_traces_and_norms_need_no_symmetry(kind):
+  matrix = _asymmetric(kind)
+  operator = _of_matrix(matrix)
+  pairs = curvature.eigenpairs(operator, 2, check_symmetry=False, tol=0.5)
+  estimates = [
+    (curvature.trace(operator, 40), np.trace(matrix)),
+    (curvature.trace(operator, 40, pairs=pairs), np.trace(matrix)),
+    (curvature.diagonal(operator, 40).leaf_traces[''], np.trace(matrix)),
+    (curvature.squared_frobenius_norm(operator, 40), (matrix**2).sum()),
+    (curvature.squared_frobenius_norm(operator, 40, pairs=pairs), (matrix**2).sum()),
+  ]
+  for estimate, truth in estimates:
+    assert abs(estimate.value - truth) < 4 * estimate.standard_error + 1e-4
+
+
+def test_data_that_change_from_product_to_product_are_refused():
+  class Augmented:
+    def __init__(self):
+      self.rng = np.random.default_rng(0)
+
+    def __iter__(self):
+      yield jnp.asarray(self.rng.normal(size=(8, 20)), jnp.float32)
+
+  loss = lambda w, x: jnp.mean(jnp.cos(x @ w))
+  operator = curvature.hessian(loss, jnp.ones(20), Augmented(), max_cache_gib=0)
+  with pytest.raises(curvature.AsymmetryError, match='the same data at each product'):
+    curvature.eigenpairs(operator, 1)
+
+
+@pytest.mark.parametrize('scale', [1e-20, 1.0, 1e20])
+def test_rounding_is_not_taken_for_asymmetry(scale):
+  """Networks in bfloat16, restarts, repeated eigenvalues, and extreme scales."""
+
+  def loss(params, x):
+    hidden = jnp.tanh(x.astype(jnp.bfloat16) @ params['in'].astype(jnp.bfloat16))
+    out = hidden @ params['out'].astype(jnp.bfloat16)
+    return scale * jnp.mean(out.astype(jnp.float32) ** 2)
+
+  keys = jax.random.split(jax.random.key(0), 3)
+  params = {
+    'in': jax.random.normal(keys[0], (8, 12)) / 3,
+    'out': jax.random.normal(keys[1], (12, 3)) / 3,
+  }
+  operator = curvature.hessian(loss, params, [jax.random.normal(keys[2], (16, 8))])
+  for candidate in (operator, _operator(scale * np.repeat([1.0, 2.0, 5.0], 20))):
+    curvature.eigenpairs(candidate, 2, max_basis_size=14, max_num_matvecs=80)
+    curvature.spectral_density(candidate, 20, 1)
