@@ -189,6 +189,7 @@ class Context:
         max_num_matvecs=self.options.max_num_matvecs,
         max_basis_gib=self.options.max_basis_gib,
         verify=verify,
+        check_symmetry=False,  # Summaries say what did not converge.
         progress=show,
       )
 

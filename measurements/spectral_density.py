@@ -47,6 +47,7 @@ def _run(context: Context) -> dict[str, Any]:
       key=context.key(1),
       pairs=pairs,
       max_basis_gib=context.options.max_basis_gib,
+      check_symmetry=False,
     )
   np.savez(
     context.folder / SPECTRUM,
