@@ -18,7 +18,7 @@ _ROUNDING = 100.0  # shorter than so many eps, what is left of a unit vector is 
 
 
 def structure(like: Any) -> Any:
-  """What vectors look like: shapes, and dtypes of at least float32.
+  """What vectors look like: shapes, dtypes of at least float32, explicit shardings.
 
   Raises:
     TypeError: a leaf is not floating point.
@@ -28,11 +28,35 @@ def structure(like: Any) -> Any:
   if not sum(leaf.size for leaf in jax.tree.leaves(described)):
     raise ValueError('the vectors have no entries: give a pytree with parameters')
   return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(
-      leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)
+    lambda leaf, given: jax.ShapeDtypeStruct(
+      leaf.shape,
+      jnp.promote_types(leaf.dtype, jnp.float32),
+      sharding=_explicit_sharding(given),
     ),
     described,
+    like,
   )
+
+
+def random(key: jax.Array, like: Any) -> Any:
+  """A standard normal vector, on an explicit mesh placed as a given one."""
+
+  def place(leaf, given):
+    sharding = _explicit_sharding(given)
+    return leaf if sharding is None else jax.sharding.reshard(leaf, sharding)
+
+  return jax.tree.map(place, optax.tree.random_like(key, like), like)
+
+
+def _explicit_sharding(leaf: Any) -> jax.sharding.NamedSharding | None:
+  """The sharding of a leaf where that is part of its type."""
+  if not isinstance(leaf, jax.ShapeDtypeStruct):
+    leaf = jax.typeof(leaf)
+  sharding = leaf.sharding
+  if not isinstance(sharding, jax.sharding.NamedSharding):
+    return None
+  explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+  return sharding if explicit else None
 
 
 def describe(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -136,7 +160,7 @@ def orthonormal(vector: Any, stack: Any, key: jax.Array) -> Any:
   return jax.lax.cond(
     left,
     lambda rest: rest,
-    lambda rest: _new_direction(optax.tree.random_like(key, rest), stack)[0],
+    lambda rest: _new_direction(random(key, rest), stack)[0],
     rest,
   )
 

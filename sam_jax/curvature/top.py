@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from sam_jax.curvature import stacks
 
@@ -80,7 +79,8 @@ def top_eigenpairs(
       product(params, batch, v)`` with a product of `hessian_product`, or
       ``product.linearize(params, batch)``, which is faster where its memory is there.
     like: pytree of arrays or of ``jax.ShapeDtypeStruct`` with the shapes of a vector;
-      narrower leaves than float32 become float32.
+      narrower leaves than float32 become float32. On a mesh with explicit axes the
+      vectors are sharded as these are.
     k: number of pairs.
     which: the 'largest' or the 'smallest' algebraically, or those of the largest
       absolute value, 'magnitude'.
@@ -294,7 +294,7 @@ class _Search:
 
 def _queue(structure: Any, start: Any, k: int, key: jax.Array) -> Any:
   """The vectors to multiply first, the last guard with a random direction added."""
-  noise = stacks.unit(optax.tree.random_like(key, structure))[0]
+  noise = stacks.unit(stacks.random(key, structure))[0]
   if start is None:
     return jax.tree.map(lambda leaf: leaf[None], noise)
   block = start.block if isinstance(start, TopEigenpairs) else start

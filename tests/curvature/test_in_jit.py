@@ -304,3 +304,27 @@ def test_sharded_parameters_give_the_same_pairs():
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4), found, expected
   )
+
+
+def test_random_vectors_are_placed_like_parameters_on_an_explicit_mesh():
+  """On eight devices; the search restarts and begins again from its result."""
+  mesh = jax.make_mesh((8,), ('x',), axis_types=(jax.sharding.AxisType.Explicit,))
+  kernel = jnp.arange(32.0).reshape(16, 2) - 3
+  with jax.set_mesh(mesh):
+    params = {'bias': jnp.ones(3), 'kernel': jax.device_put(kernel, jax.P('x'))}
+
+    @jax.jit
+    def run(params):
+      matvec = lambda v: jax.tree.map(jnp.multiply, params, v)
+      search = functools.partial(
+        curvature.top_eigenpairs, matvec, params, 2, tol=1e-5, max_basis_size=8
+      )
+      first = search()
+      return first, search(start=first, key=jax.random.key(1))
+
+    compiled = run.lower(params).compile()
+    for pairs in compiled(params):
+      np.testing.assert_allclose(pairs.eigenvalues, [28, 27], rtol=1e-4)
+      assert pairs.converged.all()
+      assert jax.typeof(pairs.block['kernel']).sharding.spec == jax.P(None, 'x', None)
+  assert 'all-gather' not in compiled.as_text()
