@@ -398,16 +398,17 @@ def reject(tree: optax.Updates, direction: optax.Updates) -> optax.Updates:
 
   Inner products are taken in at least float32. Where ``direction`` is zero, ``tree``.
   """
-  (a, scale), (b, _) = map(perturbations.in_range, (tree, direction))
-  factor = _inner_product(a, b) * perturbations.safe_reciprocal(_inner_product(b, b))
-  return jax.tree.map(
-    lambda x, y, like: ((x - factor * y) / scale).astype(like.dtype), a, b, tree
-  )
+  (_, scale), (length, scale_b) = map(perturbations.squares, (tree, direction))
+  a, b = map(perturbations.at_least_float32, (tree, direction))
+  # Sums of products leaf by leaf: no leaf of a sharded tree is gathered.
+  product = optax.tree.sum(jax.tree.map(lambda x, y: (scale * x) * (scale_b * y), a, b))
+  factor = product * perturbations.safe_reciprocal(length)
 
+  def rest(x, y, like):
+    x, y = perturbations.scaled(x, scale), perturbations.scaled(y, scale_b)
+    return ((x - factor * y) / scale).astype(like.dtype)
 
-def _inner_product(a: optax.Updates, b: optax.Updates) -> jax.Array:
-  """<a, b> as sums of products leaf by leaf: no leaf of a sharded tree is gathered."""
-  return optax.tree.sum(jax.tree.map(jnp.multiply, a, b))
+  return jax.tree.map(rest, a, b, tree)
 
 
 def combine(

@@ -16,7 +16,6 @@ Each one is an ordinary `optax.GradientTransformationExtraArgs` and composes as 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -109,10 +108,13 @@ def adaptive(
     operator = jax.tree.map(
       lambda w, yes: jnp.abs(w) + eta if yes else jnp.ones_like(w), params, is_weight
     )
-    updates, _ = in_range(updates)
-    scaled, _ = in_range(jax.tree.map(jnp.multiply, operator, updates))
-    direction = jax.tree.map(jnp.multiply, operator, scaled)
-    return scale_tree(direction, safe_reciprocal(norm(scaled)))
+    _, scale = squares(updates)
+    product = jax.tree.map(lambda t, g: t * scaled(g, scale), operator, updates)
+    total, scale = squares(product)
+    factor = safe_reciprocal(jnp.sqrt(total))
+    return jax.tree.map(
+      lambda t, x: (factor * (t * scaled(x, scale))).astype(x.dtype), operator, product
+    )
 
   return _stateless(update_fn)
 
@@ -153,47 +155,56 @@ def weights_mask(weights: WeightsMask, params: optax.Params) -> Any:
 def norm(tree: optax.Updates) -> jax.Array:
   """The l2 norm over a whole tree, summed in at least float32 (bf16 would round).
 
-  Squares neither overflow nor underflow: see `in_range`.
+  Squares neither overflow nor underflow: see `squares`.
   """
-  scaled, scale = in_range(tree)
-  return optax.tree.norm(scaled) / scale
+  total, scale = squares(tree)
+  return jnp.sqrt(total) / scale
 
 
 def on_sphere(tree: optax.Updates, radius: jax.Array | float = 1.0) -> optax.Updates:
   """``radius * tree / |tree|``, each leaf in its own dtype; zero for a zero tree."""
-  scaled, _ = in_range(tree)
-  factor = radius * safe_reciprocal(optax.tree.norm(scaled))
-  return jax.tree.map(lambda x, like: (factor * x).astype(like.dtype), scaled, tree)
+  total, scale = squares(tree)
+  factor = radius * safe_reciprocal(jnp.sqrt(total))
+  return jax.tree.map(
+    lambda x, like: scaled(factor * x, scale).astype(like.dtype),
+    at_least_float32(tree),
+    tree,
+  )
 
 
-def in_range(tree: optax.Updates) -> tuple[optax.Updates, jax.Array]:
-  r"""A multiple of a tree whose squares neither overflow nor underflow.
+def squares(tree: optax.Updates) -> tuple[jax.Array, jax.Array]:
+  r"""The squared norm of a multiple of a tree that neither overflows nor underflows.
 
-  .. math:: (2^k t, \; 2^k), \qquad k = 0 \text{ for entries of ordinary size}
+  .. math:: (\|2^k t\|^2, \; 2^k), \qquad k = 0 \text{ for entries of ordinary size}
 
-  In float32 the largest entry is ordinary between 2^-32 and 2^32. A power of two costs
-  no digit, so that results for ordinary entries are those without it, bit for bit.
+  In float32 the norm is ordinary between 2^-32 and 2^48. A power of two costs no digit,
+  so that results for ordinary entries are those without it, bit for bit.
 
   Args:
     tree: floating-point leaves; those narrower than float32 are widened to it.
 
   Returns:
-    The scaled tree and the scale.
+    The squared norm and the scale.
   """
   tree = at_least_float32(tree)
-  leaves = [x for x in jax.tree.leaves(tree) if x.size]
-  if not leaves:
-    return tree, jnp.ones([], jnp.float32)
-  dtype = jnp.result_type(jnp.float32, *(x.dtype for x in leaves))
-  sizes = [jax.lax.stop_gradient(jnp.max(jnp.abs(x))).astype(dtype) for x in leaves]
-  largest = functools.reduce(jnp.maximum, sizes)
-  ordinary = 2.0 ** (jnp.finfo(dtype).maxexp // 4)
-  shift = 2.0 ** (jnp.finfo(dtype).maxexp * 5 // 8)
-  scale = jnp.where(largest > ordinary, 1 / shift, 1.0)
-  # Not for zeros: if they are constants, XLA squares the scale by itself and overflows.
-  small = (largest > 0) & (largest < 1 / ordinary)
-  scale = jnp.where(small, shift, scale).astype(dtype)
-  return jax.tree.map(lambda x: scale * x, tree), scale
+  dtype = jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(tree)))
+  most = jnp.finfo(dtype).maxexp
+  plain = optax.tree.norm(jax.lax.stop_gradient(tree), squared=True)
+  # Squares of the scale are finite: of constants, XLA takes them apart.
+  scale = jnp.where(plain < 2.0 ** (-most // 2), 2.0 ** (most // 2 - 1), 1.0)
+  scale = jnp.where(plain > 2.0 ** (most * 3 // 4), 2.0 ** (-most * 5 // 8), scale)
+  scale = scale.astype(dtype)
+  total = optax.tree.norm(jax.tree.map(lambda x: scale * x, tree), squared=True)
+  return jnp.asarray(total, dtype), scale
+
+
+def scaled(array: jax.Array, scale: jax.Array) -> jax.Array:
+  """``scale * array`` of a scale of `squares`, bit for bit.
+
+  Written as a division, because the compiler would store a product that `squares`
+  has summed already, for the second use: a copy of the parameters.
+  """
+  return array / (1 / scale)
 
 
 def safe_reciprocal(value: jax.Array) -> jax.Array:

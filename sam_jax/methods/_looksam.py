@@ -107,14 +107,16 @@ def looksam(
       return perturbed, LookSamState(*new, direction=kept)
 
     def without_ascent():
-      direction, _ = perturbations.in_range(state.direction)
+      total, scale = perturbations.squares(state.direction)
       factor = (
         alpha
         * perturbations.norm(updates)
-        * perturbations.safe_reciprocal(perturbations.norm(direction))
+        * perturbations.safe_reciprocal(jnp.sqrt(total))
       )
       reused = jax.tree.map(
-        lambda g, v: (g + factor * v).astype(g.dtype), updates, direction
+        lambda g, v: (g + factor * perturbations.scaled(v, scale)).astype(g.dtype),
+        updates,
+        state.direction,
       )
       radius = ascent.resolve(rho, state.count)
       record = ascent.next_record(
