@@ -102,10 +102,14 @@ def _points(flags, given: dict[str, object], task: str) -> dict[str, config_lib.
   names = cli.entries('optimizer', given.pop('optimizer', None)) or [None]
   radii = cli.numbers('rho', given.pop('rho', None)) or [None]
   points = sweep.points(
-    lambda **fields: tasks.resolve(task, **given, **fields), names, radii, flags.seeds
+    lambda **fields: tasks.resolve(task, **{**given, **fields}),
+    names,
+    radii,
+    flags.seeds,
   )
   chosen = {config.optimizer for config in points.values()}
-  optimizers.refuse_unheeded(given, chosen)
+  bases = {config.base_optimizer for config in points.values()}
+  optimizers.refuse_unheeded(given, chosen, bases)
   if flags.sync_perturbation and not any(map(methods.is_method, chosen)):
     raise UsageError(
       f'--sync_perturbation has no effect with --optimizer={",".join(sorted(chosen))}.'
@@ -118,6 +122,10 @@ def _hooks(flags, problem, config) -> list[loop.Hook]:
   names = cli.entries('measure', flags.measure) or []
   if flags.measure_every < 0:
     raise UsageError(f'--measure_every={flags.measure_every}: must not be negative.')
+  if flags.measure_every and not names:
+    raise UsageError(
+      f'--measure_every={flags.measure_every} has no effect without --measure.'
+    )
   return [
     measurements.hook(name, problem, config, flags.measure_every) for name in names
   ]

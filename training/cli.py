@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import sys
 import textwrap
 import warnings
@@ -226,6 +227,8 @@ def run(
     except (UsageError, TrainingDiverged, flags.Error, *errors) as error:
       message = ' '.join(str(error).split())
       if isinstance(error, flags.Error):
+        # The library quotes some of its reasons as tuples.
+        message = re.sub(r"\('([^']*)', .*\)", r'\1', message)
         message = f'{message.rstrip(".")}: see --help for the flags and their values.'
       print(f'{name}: {message}', file=sys.stderr)
       return USAGE_EXIT_CODE

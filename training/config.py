@@ -175,8 +175,9 @@ def _validate_together(config: Config) -> None:
     _require(
       config,
       'perturb_until',
-      config.perturb_until > config.perturb_from,
-      f'must be above --perturb_from={config.perturb_from}, or 0',
+      config.perturb_from < config.perturb_until <= config.epochs,
+      f'must be above --perturb_from={config.perturb_from} and at most '
+      f'--epochs={config.epochs}, or 0',
     )
   _require(
     config,

@@ -42,18 +42,26 @@ _OF_METHODS = {
 }
 
 
-def refuse_unheeded(given: Iterable[str], chosen: Iterable[str]) -> None:
-  """Refuses arguments of methods that none of the chosen optimizers has.
+def refuse_unheeded(
+  given: Iterable[str], chosen: Iterable[str], bases: Iterable[str]
+) -> None:
+  """Refuses arguments that none of the chosen optimizers has.
 
   Args:
     given: names of the flags that a user set.
     chosen: names of the optimizers.
+    bases: names of the base optimizers under them.
 
   Raises:
     UsageError: names the flag and whose it is.
   """
-  chosen = sorted(set(chosen))
+  chosen, bases = sorted(set(chosen)), sorted(set(bases))
   for flag in given:
+    if flag == 'momentum' and not {'momentum', 'nesterov'} & {*bases}:
+      raise UsageError(
+        f'--momentum has no effect with --base_optimizer={",".join(bases)}: it belongs '
+        'to momentum and nesterov.'
+      )
     owners = methods.owners(flag, methods.found())
     if owners and not methods.owners(flag, chosen):
       raise UsageError(

@@ -119,7 +119,7 @@ class DataParallel:
 
 
 def initialize(
-  coordinator: str = '', num_processes: int = 0, process_id: int = -1
+  coordinator: str = '', num_processes: int = 1, process_id: int = 0
 ) -> None:
   """Joins the processes of a multi-host run, before anything else touches a device.
 
@@ -137,12 +137,22 @@ def initialize(
       f'--num_processes={num_processes} --process_id={process_id}: several processes '
       "need --coordinator, host:port of the first or 'cluster'."
     )
+  if num_processes < 1:
+    raise UsageError(f'--num_processes={num_processes}: must be at least 1.')
+  if coordinator != 'cluster' and not 0 <= process_id < num_processes:
+    raise UsageError(
+      f'--process_id={process_id}: must be at least 0 and below '
+      f'--num_processes={num_processes}.'
+    )
   if coordinator not in ('', 'cluster') and ':' not in coordinator:
     raise UsageError(
       f"--coordinator={coordinator}: give host:port of the first process, or 'cluster'."
     )
   if not coordinator:
     return
+  port = coordinator.rpartition(':')[2]
+  if coordinator != 'cluster' and not (port.isdecimal() and 0 < int(port) < 1 << 16):
+    raise UsageError(f'--coordinator={coordinator}: {port!r} is no port (1 to 65535).')
   _await(coordinator, num_processes, process_id)
   try:
     if coordinator == 'cluster':
@@ -174,8 +184,6 @@ def _await(coordinator: str, num_processes: int, process_id: int) -> None:
     )
     return
   host, _, port = coordinator.rpartition(':')
-  if not port.isdecimal() or not 0 < int(port) < 1 << 16:
-    raise UsageError(f'--coordinator={coordinator}: {port!r} is no port (1 to 65535).')
   _say(f'waiting up to {_PATIENCE} s for --coordinator={coordinator} to answer')
   end = time.monotonic() + _PATIENCE
   while True:

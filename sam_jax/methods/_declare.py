@@ -30,6 +30,8 @@ PROVIDED = (
   'momentum',
 )
 _KINDS = {float: 'float', int: 'int', bool: 'bool', str: 'str'}
+# Of float32, in which a step computes: what is smaller vanishes.
+_SMALLEST, _LARGEST = 1.1754944e-38, 3.4028234e38
 _BOOLS = {'true': True, 'false': False}
 _Function = TypeVar('_Function', bound=Callable)
 
@@ -177,6 +179,9 @@ class Hyperparameter:
       except (TypeError, ValueError):
         number = math.nan
       if math.isfinite(number) and self.kind == 'float':
+        if number and not _SMALLEST <= abs(number) <= _LARGEST:
+          span = f'{_SMALLEST:.2g} to {_LARGEST:.2g}'
+          raise self._error(value, f'float32 has 0 and numbers from {span} only')
         return number
       if math.isfinite(number) and number == int(number):
         return int(number)

@@ -40,8 +40,8 @@ class GraphSamState(NamedTuple):
 )
 def graphsam(
   rho: Radius = 0.05,
-  beta: float = 0.99,
-  gamma: float = 0.5,
+  beta: Annotated[float, Bounds(least=0, below=1)] = 0.99,
+  gamma: Annotated[float, Bounds(least=0)] = 0.5,
   epochs_per_decay: Annotated[int, Bounds(least=1)] = 1,
   *,
   steps_per_epoch: int,
@@ -82,8 +82,8 @@ def graphsam(
     update of an epoch, and the extra argument ``value`` on the others.
 
   Raises:
-    ValueError: steps_per_epoch or epochs_per_decay < 1, beta or gamma that is not
-      finite, and as `sam`.
+    ValueError: steps_per_epoch or epochs_per_decay < 1, a negative gamma, beta outside
+      [0, 1), either not finite, and as `sam`.
     TypeError: as `sam`.
 
   >>> import jax, jax.numpy as jnp, optax, sam_jax
@@ -105,6 +105,10 @@ def graphsam(
   """
   ascent.check_rho(rho)
   ascent.check_finite(beta=beta, gamma=gamma)
+  if beta < 0 or beta >= 1:
+    raise ValueError(f'beta must be at least 0 and below 1, got {beta}.')
+  if gamma < 0:
+    raise ValueError(f'gamma must not be negative, got {gamma}: it scales the radius.')
   ascent.check_positive(
     steps_per_epoch=steps_per_epoch, epochs_per_decay=epochs_per_decay
   )

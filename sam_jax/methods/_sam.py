@@ -26,7 +26,7 @@ def sam(
   rho: Radius = 0.05,
   *,
   perturbation: optax.GradientTransformation | None = None,
-  num_ascent_steps: Annotated[int, Bounds(least=1)] | None = None,
+  num_ascent_steps: Annotated[int, Bounds(least=1, most=100)] | None = None,
   axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Replaces the gradient at w by the gradient at w + eps-hat.

@@ -127,7 +127,7 @@ def test_gsam_radius_follows_the_learning_rate(small, tmp_path):
   loop.train(config, small.problem(), tmp_path, num_devices=1, timing=False)
   lines = metrics.read(tmp_path)
   lines = [line for line in lines if line['split'] == 'train']
-  low, high = 0.05 * 0.2**3, 0.05
+  low, high = 0.025 * (1 + np.cos(np.pi * 29 / 30)), 0.05  # A cosine over 30 steps.
   for line in lines:
     share = (line['learning_rate'] - low) / (high - low)
     assert line['rho'] == pytest.approx(0.01 + 0.04 * share, rel=1e-4)
