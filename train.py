@@ -26,6 +26,7 @@ from training import (
   checkpoints,
   cli,
   compiler,
+  hooks,
   loop,
   methods,
   optimizers,
@@ -113,7 +114,7 @@ def _points(flags, given: dict[str, object], task: str) -> dict[str, config_lib.
   return points
 
 
-def _hooks(flags, problem, config) -> list[loop.Hook]:
+def _hooks(flags, problem, config) -> list[hooks.Hook]:
   """What is measured during training."""
   names = cli.entries('measure', flags.measure) or []
   if flags.measure_every < 0:
@@ -169,8 +170,8 @@ def main(argv: Sequence[str]) -> None:
   finished = summary.read(workdir)
   if not finished:
     problem = tasks.build(first)
-    hooks = _hooks(flags, problem, first)
-    finished = loop.train(first, problem, workdir, hooks=hooks, **options)
+    measured = _hooks(flags, problem, first)
+    finished = loop.train(first, problem, workdir, hooks=measured, **options)
   if finished:
     print(f'{summary.describe(finished)}\n  {workdir}/')
 

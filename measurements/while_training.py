@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Any
 
 from measurements import registry
 from measurements.context import Context, plain
@@ -12,13 +11,15 @@ from measurements.measurement import Measurement
 from measurements.network import Network
 from measurements.objective import Objective, width
 from sam_jax import curvature
+from training import hooks as hooks_lib
 from training.config import Config
 from training.errors import TrainingDiverged, UsageError
 from training.problem import Problem
+from training.step import TrainState
 
 
 @dataclasses.dataclass
-class Hook:
+class Hook(hooks_lib.Hook):
   """A measurement that the training loop calls; a pure function of its arguments.
 
   Attributes:
@@ -36,14 +37,11 @@ class Hook:
     """Whether it is measured after so many steps."""
     return step % (self._every or steps_per_epoch) == 0
 
-  def __call__(
-    self, params: Any, batch_stats: Any, step: int
-  ) -> dict[str, float | bool | None]:
+  def __call__(self, state: TrainState, step: int) -> dict[str, float | bool | None]:
     """Measures a network over the whole training split, in float32 or wider.
 
     Args:
-      params: parameters of the model, of one replica.
-      batch_stats: running batch statistics, possibly empty.
+      state: the parameters of the model and its running batch statistics.
       step: updates done.
 
     Returns:
@@ -52,6 +50,7 @@ class Hook:
     Raises:
       TrainingDiverged: the loss or its curvature is not finite.
     """
+    params, batch_stats = state.params, state.batch_stats
     dtype = width(params)
     if dtype not in self._objectives:
       options = registry.options_class()(dtype=dtype)
