@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-from measurements import registry
+from measurements import edges, registry
 from measurements.context import Context, plain
 from measurements.measurement import Measurement
 from measurements.network import Network
@@ -66,6 +66,41 @@ class Hook(hooks_lib.Hook):
         f'the curvature of the loss is not finite after step {step}: try a lower '
         '--learning_rate or --rho.'
       ) from error
+
+
+# Measurements that need more than the parameters, by the name that --track takes.
+_TRACKERS = {edges.NAME: edges.track}
+
+
+def trackers() -> tuple[str, ...]:
+  """What can be tracked while a network trains."""
+  return tuple(_TRACKERS)
+
+
+def tracker(
+  name: str,
+  problem: Problem,
+  config: Config,
+  every: int = 0,
+  on: str = 'batch',
+  share: float = 0,
+) -> hooks_lib.Hook:
+  """A tracker as a hook of the training loop.
+
+  Args:
+    name: of `trackers`.
+    problem: what is trained.
+    config: the run's.
+    every: steps between measurements; 0 is the end of each epoch.
+    on: the examples: 'batch' (of the step that comes), 'train', or a number of them.
+    share: largest share of a run's gradients that it may spend; 0 is no bound.
+
+  Raises:
+    UsageError: there is no such tracker, or it refuses its arguments.
+  """
+  if name not in _TRACKERS:
+    raise UsageError(f'--track={name}: choose of {", ".join(_TRACKERS)}.')
+  return _TRACKERS[name](problem, config, every, on, share)
 
 
 def hooks() -> tuple[str, ...]:

@@ -333,7 +333,9 @@ def test_the_test_split_is_evaluated_now_and_then_and_at_the_end(
   config = dataclasses.replace(_CONFIG, evaluate_every=every)
   found = loop.train(config, small.problem(), tmp_path, timing=False)
   lines = metrics.read(tmp_path)
-  epochs = {s: [x['epoch'] for x in lines if x['split'] == s] for s in ('train', 'test')}
+  epochs = {
+    s: [x['epoch'] for x in lines if x['split'] == s] for s in ('train', 'test')
+  }
   assert epochs == {'train': [1, 2, 3], 'test': [2, 3] if every == 2 else [3]}
   assert lines[-1]['loss'] == found['final']['test_loss']
 
