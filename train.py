@@ -26,6 +26,7 @@ from training import (
   checkpoints,
   cli,
   compiler,
+  hooks,
   loop,
   methods,
   optimizers,
@@ -61,6 +62,21 @@ def _define_flags(task: str, names: Sequence[str]) -> cli.Flags:
   flags.heading('Measured during training, into metrics.jsonl')
   flags.define('measure', 'list', f'any of {", ".join(measurements.hooks())}')
   flags.define('measure_every', 'int', 'steps between two; 0: each epoch', 0)
+  flags.define('track', 'list', f'any of {", ".join(measurements.trackers())}')
+  flags.define('track_every', 'int', 'steps between two; 0: each epoch', 0)
+  flags.define(
+    'track_on',
+    'str',
+    'the examples: batch (those of the step that comes), train (all), or a number',
+    'batch',
+  )
+  flags.define(
+    'track_share',
+    'float',
+    "largest share of a run's gradients that tracking may spend, which it stretches "
+    '--track_every for; 0: no bound',
+    0.0,
+  )
   flags.heading('This start')
   flags.define('workdir', 'str', "folder of the run's files", 'runs/TASK_OPTIMIZER')
   flags.define('timing', 'bool', 'write clock times into metrics.jsonl', True)
@@ -117,7 +133,7 @@ def _points(flags, given: dict[str, object], task: str) -> dict[str, config_lib.
   return points
 
 
-def _hooks(flags, problem, config) -> list[loop.Hook]:
+def _hooks(flags, problem, config) -> list[hooks.Hook]:
   """What is measured during training."""
   names = cli.entries('measure', flags.measure) or []
   if flags.measure_every < 0:
@@ -126,8 +142,23 @@ def _hooks(flags, problem, config) -> list[loop.Hook]:
     raise UsageError(
       f'--measure_every={flags.measure_every} has no effect without --measure.'
     )
+  tracked = cli.entries('track', flags.track) or []
+  for name in ('track_every', 'track_on', 'track_share'):
+    if flags[name].present and not tracked:
+      raise UsageError(f'--{name} has no effect without --track.')
   return [
-    measurements.hook(name, problem, config, flags.measure_every) for name in names
+    *(measurements.hook(name, problem, config, flags.measure_every) for name in names),
+    *(
+      measurements.tracker(
+        name,
+        problem,
+        config,
+        flags.track_every,
+        flags.track_on,
+        flags.track_share,
+      )
+      for name in tracked
+    ),
   ]
 
 
@@ -142,8 +173,9 @@ def _lambda_max(config, problem, workdir: pathlib.Path) -> dict[str, Any]:
 
 def _sweep(points, workdir: pathlib.Path, flags, options) -> None:
   """Trains and compares several runs."""
-  if flags.measure:
-    raise UsageError('--measure is for a single run: a sweep measures its ends.')
+  for name in ('measure', 'track'):
+    if flags[name].value:
+      raise UsageError(f'--{name} is for a single run: a sweep measures its ends.')
   measure = _lambda_max if flags.sharpness else None
   if sweep.run(points, tasks.build, workdir, measure=measure, **options):
     print(f'\n{reports.sweep.write(workdir)}\n{workdir}/')
@@ -177,8 +209,8 @@ def main(argv: Sequence[str]) -> None:
   finished = summary.read(workdir)
   if not finished:
     problem = tasks.build(first)
-    hooks = _hooks(flags, problem, first)
-    finished = loop.train(first, problem, workdir, hooks=hooks, **options)
+    measured = _hooks(flags, problem, first)
+    finished = loop.train(first, problem, workdir, hooks=measured, **options)
   if finished:
     print(f'{summary.describe(finished)}\n  {workdir}/')
 

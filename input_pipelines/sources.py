@@ -33,7 +33,8 @@ class Source(NamedTuple):
     name: the set's name, that of its prepared folder too.
     files: what `manual_dir` may hold, in order of preference: each a tuple of the
       files or folders that make up the set together.
-    url: the publisher's address of the first of `files`; '' where there is none.
+    url: the publisher's address of the first file of the first of `files`, beside which
+      its others lie; '' where there is none.
     parse: reads and validates the files, `parse(*paths) -> data`.
     builder: name of the module `KIND_builder`, whose sets lie in the folder KIND, with
       `prepare(data_dir, name, data, sha256) -> folder`, `read(folder) -> data` and
@@ -76,10 +77,10 @@ def load(source: Source, *, data_dir: str = '', manual_dir: str = '') -> Any:
   if paths and paths[0].suffix == '.npz':
     return source.parse(*paths)
   if not paths and not prepared.exists():
-    with _download(source, root, manual) as path:
+    with _download(source, root, manual) as found:
       if builder.usable():
-        return _prepare(source, [path], _digest([path]), builder, prepared)
-      return _keep(source, path, manual)
+        return _prepare(source, found, _digest(found), builder, prepared)
+      return _keep(source, found, manual)
   if paths:
     if not builder.usable():
       return source.parse(*paths)
@@ -173,12 +174,15 @@ class _Builder:
       ) from error
 
 
-def _keep(source: Source, path: pathlib.Path, manual_dir: pathlib.Path) -> Any:
+def _keep(
+  source: Source, paths: Sequence[pathlib.Path], manual_dir: pathlib.Path
+) -> Any:
   """Reads a download and, once it has proved whole, keeps it in `manual_dir`."""
-  data = source.parse(path)
+  data = source.parse(*paths)
   try:
     manual_dir.mkdir(parents=True, exist_ok=True)
-    shutil.move(path, manual_dir / path.name)
+    for path in paths:
+      shutil.move(path, manual_dir / path.name)
   except OSError as error:
     raise DataError(
       f'{manual_dir} cannot be written ({error.strerror}): give another folder with '
@@ -242,34 +246,41 @@ def _prepare(
 @contextlib.contextmanager
 def _download(
   source: Source, data_dir: pathlib.Path, manual_dir: pathlib.Path
-) -> Iterator[pathlib.Path]:
-  """Downloads the first form of a set to a temporary file."""
+) -> Iterator[list[pathlib.Path]]:
+  """Downloads the first form of a set to temporary files."""
   forms = ' or '.join(' with '.join(form) for form in source.files)
   absent = f'{forms} is not in {manual_dir}, there is no prepared set in {data_dir}'
   if not source.url:
     raise DataError(f'{absent}: put it there or set --manual_dir to its folder.')
-  advice = f'download {source.url} to {manual_dir}/ or set --manual_dir to its folder.'
+  urls = [urllib.parse.urljoin(source.url, file) for file in source.files[0]]
+  urls[0] = source.url
+  wanted = ' and '.join(urls)
+  advice = f'download {wanted} to {manual_dir}/ or set --manual_dir to its folder.'
   if not _answers(source.url):
     raise DataError(f'{absent}, and its publisher cannot be reached: {advice}')
   with tempfile.TemporaryDirectory() as folder:
-    path = pathlib.Path(folder) / source.files[0][0]
-    try:
-      with (
-        urllib.request.urlopen(source.url, timeout=_ANSWER_SECONDS) as response,
-        bars.reading(response, _length(response), path.name) as visible,
-        path.open('wb') as file,
-      ):
-        shutil.copyfileobj(visible, file)
-    except urllib.error.HTTPError as error:
-      raise DataError(
-        f'the publisher has no {source.url} (HTTP {error.code}): check the spelling '
-        f'of {source.name!r}, or {advice}'
-      ) from error
-    except OSError as error:
-      raise DataError(
-        f'the download of {source.url} failed ({error}): {advice}'
-      ) from error
-    yield path
+    paths = [pathlib.Path(folder) / file for file in source.files[0]]
+    for url, path in zip(urls, paths, strict=True):
+      _fetch(url, path, source.name, advice)
+    yield paths
+
+
+def _fetch(url: str, path: pathlib.Path, name: str, advice: str) -> None:
+  """Downloads one file."""
+  try:
+    with (
+      urllib.request.urlopen(url, timeout=_ANSWER_SECONDS) as response,
+      bars.reading(response, _length(response), path.name) as visible,
+      path.open('wb') as file,
+    ):
+      shutil.copyfileobj(visible, file)
+  except urllib.error.HTTPError as error:
+    raise DataError(
+      f'the publisher has no {url} (HTTP {error.code}): check the spelling of '
+      f'{name!r}, or {advice}'
+    ) from error
+  except OSError as error:
+    raise DataError(f'the download of {url} failed ({error}): {advice}') from error
 
 
 def _length(response: Any) -> int | None:

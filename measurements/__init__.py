@@ -13,6 +13,8 @@ from measurements.runner import Measurer as Measurer
 from measurements.runner import measure as measure
 from measurements.while_training import hook as hook
 from measurements.while_training import hooks as hooks
+from measurements.while_training import tracker as tracker
+from measurements.while_training import trackers as trackers
 
 # The options of all measurements, each a flag of eval_hessian.py.
 Options = options_class()

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Any
 
-from measurements import registry
+from measurements import edges, registry
 from measurements.context import Context, plain
 from measurements.measurement import Measurement
 from measurements.network import Network
 from measurements.objective import Objective, width
 from sam_jax import curvature
+from training import hooks as hooks_lib
 from training.config import Config
 from training.errors import TrainingDiverged, UsageError
 from training.problem import Problem
+from training.step import TrainState
 
 
 @dataclasses.dataclass
-class Hook:
+class Hook(hooks_lib.Hook):
   """A measurement that the training loop calls; a pure function of its arguments.
 
   Attributes:
@@ -36,14 +37,11 @@ class Hook:
     """Whether it is measured after so many steps."""
     return step % (self._every or steps_per_epoch) == 0
 
-  def __call__(
-    self, params: Any, batch_stats: Any, step: int
-  ) -> dict[str, float | bool | None]:
+  def __call__(self, state: TrainState, step: int) -> dict[str, float | bool | None]:
     """Measures a network over the whole training split, in float32 or wider.
 
     Args:
-      params: parameters of the model, of one replica.
-      batch_stats: running batch statistics, possibly empty.
+      state: the parameters of the model and its running batch statistics.
       step: updates done.
 
     Returns:
@@ -52,6 +50,7 @@ class Hook:
     Raises:
       TrainingDiverged: the loss or its curvature is not finite.
     """
+    params, batch_stats = state.params, state.batch_stats
     dtype = width(params)
     if dtype not in self._objectives:
       options = registry.options_class()(dtype=dtype)
@@ -67,6 +66,41 @@ class Hook:
         f'the curvature of the loss is not finite after step {step}: try a lower '
         '--learning_rate or --rho.'
       ) from error
+
+
+# Measurements that need more than the parameters, by the name that --track takes.
+_TRACKERS = {edges.NAME: edges.track}
+
+
+def trackers() -> tuple[str, ...]:
+  """What can be tracked while a network trains."""
+  return tuple(_TRACKERS)
+
+
+def tracker(
+  name: str,
+  problem: Problem,
+  config: Config,
+  every: int = 0,
+  on: str = 'batch',
+  share: float = 0,
+) -> hooks_lib.Hook:
+  """A tracker as a hook of the training loop.
+
+  Args:
+    name: of `trackers`.
+    problem: what is trained.
+    config: the run's.
+    every: steps between measurements; 0 is the end of each epoch.
+    on: the examples: 'batch' (of the step that comes), 'train', or a number of them.
+    share: largest share of a run's gradients that it may spend; 0 is no bound.
+
+  Raises:
+    UsageError: there is no such tracker, or it refuses its arguments.
+  """
+  if name not in _TRACKERS:
+    raise UsageError(f'--track={name}: choose of {", ".join(_TRACKERS)}.')
+  return _TRACKERS[name](problem, config, every, on, share)
 
 
 def hooks() -> tuple[str, ...]:

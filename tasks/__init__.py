@@ -6,6 +6,8 @@ A task of one's own is a Python file anywhere, or a module, with
 - ``build(config) -> training.Problem``: model, data, loss of each example, scores;
 - optionally ``METHODS``, arguments of methods that differ from the methods' own, as
   ``{'sam': {'rho': 0.1}}``;
+- optionally ``SCALES``, other sizes of it: recipe fields by the name that ``--scale``
+  takes, as ``{'small': {'epochs': 10}}``; ``build`` reads the name in ``config.scale``;
 - optionally ``HEEDS``, those of the fields ``dataset`` and ``label_smoothing`` that its
   ``build`` reads: the others are refused. Without it none is.
 
@@ -26,7 +28,7 @@ from training import config as config_lib
 from training import methods, optimizers, plugins, sharing
 from training.errors import UsageError
 
-_HELPERS = ('networks',)
+_HELPERS = ('edges', 'networks')
 # Fields that mean nothing to some tasks.
 _OPTIONAL = ('dataset', 'label_smoothing')
 # Of the steps of a run, which are counted in int32.
@@ -88,7 +90,7 @@ def resolve(name: str = 'digits_mlp', **overrides: Any) -> training.Config:
   flags = {flag: given.pop(flag) for flag in set(given) - _FIELDS}
   if 'optimizer' in given:
     given['optimizer'] = plugins.absolute(given['optimizer'])
-  recipe = dataclasses.replace(task.RECIPE, task=plugins.absolute(name))
+  recipe = _scaled(task, name, given.get('scale', ''))
   config = dataclasses.replace(recipe, **given)
   for field in set(_OPTIONAL) - set(getattr(task, 'HEEDS', _OPTIONAL)):
     if (value := getattr(config, field)) != getattr(recipe, field):
@@ -108,6 +110,20 @@ def resolve(name: str = 'digits_mlp', **overrides: Any) -> training.Config:
   optimizers.validate(config)
   sharing.of(config)
   return config
+
+
+def _scaled(task: types.ModuleType, name: str, scale: str) -> training.Config:
+  """A task's recipe at one of its scales."""
+  scales = {'': {}, **getattr(task, 'SCALES', {})}
+  if scale not in scales:
+    choices = ', '.join(filter(None, scales))
+    raise UsageError(
+      f'--scale={scale}: '
+      + (f'choose one of {choices}, or leave it out.' if choices else '')
+      + ('' if choices else f'--task={name} has one size only: leave it out.')
+    )
+  fields = {'task': plugins.absolute(name), 'scale': scale, **scales[scale]}
+  return dataclasses.replace(task.RECIPE, **fields)
 
 
 def _with_method(

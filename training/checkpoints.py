@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import types
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -77,14 +78,24 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(self._folder, options=options)
     return self._manager
 
-  def save(self, state: TrainState, position: dict[str, Any]) -> None:
+  def save(
+    self,
+    state: TrainState,
+    position: dict[str, Any],
+    more: Mapping[str, np.ndarray] = types.MappingProxyType({}),
+  ) -> None:
     """Stores a state at its step, whole or not at all.
+
+    Args:
+      state: of one replica.
+      position: where in the data the run stands; JSON.
+      more: further arrays by path.
 
     Raises:
       TrainingDiverged: a parameter is not finite; the older checkpoints stay.
       OSError: the disk is full; the older checkpoints stay.
     """
-    arrays = to_arrays(state)
+    arrays = {**to_arrays(state), **more}
     step = int(arrays['step'])
     for name, array in arrays.items():
       if name.startswith('params/') and not np.isfinite(array.astype(np.float32)).all():

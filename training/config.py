@@ -44,6 +44,9 @@ class Config:
     'digits_mlp', 'what is trained: a name, a .py file of your own, or package.module'
   )
   dataset: str = _field('', 'data set by name, for tasks that have several (PROTEINS)')
+  scale: str = _field(
+    '', 'another size of the task, where it has one: small is for a CPU'
+  )
   model: str = _field('', 'changes to the network, as depth=16,width=2,norm=none')
   optimizer: str = _field('sgd', 'a sharpness-aware method, or a base optimizer alone')
   base_optimizer: str = _field('', 'the base optimizer that follows the method')
@@ -86,6 +89,9 @@ class Config:
     'data sets of up to so many GiB live on each device, larger ones are streamed',
     may_change=True,
   )
+  evaluate_every: int = _field(
+    1, 'epochs between evaluations of the test split; the last epoch always is one'
+  )
   log_every: int = _field(
     0, 'also write a metrics line every so many steps; 0: each epoch only'
   )
@@ -100,7 +106,7 @@ class Config:
 
 
 _CHOICES = {'schedule': SCHEDULES, 'dtype': DTYPES}
-_AT_LEAST_ONE = ('epochs', 'batch_size', 'perturb_every')
+_AT_LEAST_ONE = ('epochs', 'batch_size', 'perturb_every', 'evaluate_every')
 _NOT_NEGATIVE = (
   'learning_rate',
   'warmup_epochs',
@@ -196,6 +202,16 @@ def require_choice(name: str, value: str, choices: Any) -> None:
 def _require(config: Config, name: str, condition: bool, reason: str) -> None:
   if not condition:
     raise UsageError(f'--{name}={getattr(config, name)}: {reason}.')
+
+
+def is_tested(config: Config, epoch: int) -> bool:
+  """Whether the test split is evaluated after an epoch, counted from 1."""
+  return epoch == config.epochs or epoch % config.evaluate_every == 0
+
+
+def tested(config: Config, epochs: int) -> list[int]:
+  """Those of the first so many epochs after which the test split is evaluated."""
+  return [epoch for epoch in range(1, epochs + 1) if is_tested(config, epoch)]
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,28 +31,12 @@ from training import config as config_lib
 from training import metrics as metrics_lib
 from training.config import Config
 from training.errors import UsageError
+from training.hooks import Hook, Hooks, without
 from training.problem import Problem
 from training.progress import Progress
 
 # Of the time, what checkpoints at the ends of short epochs may take.
 _SAVING_SHARE = 0.05
-
-
-class Hook(Protocol):
-  """What is measured while a network trains, and written into `metrics.jsonl`.
-
-  Attributes:
-    name: the `split` of its lines.
-  """
-
-  name: str
-
-  def due(self, step: int, steps_per_epoch: int) -> bool:
-    """Whether to measure after a number of steps; the first call is at step 0."""
-
-  def __call__(self, params: Any, batch_stats: Any, step: int) -> dict[str, Any]:
-    """What JSON holds, by name: a pure function of the arguments, or a run that was
-    killed and started again would write other lines than one that was not."""
 
 
 def train(
@@ -139,7 +123,7 @@ class _Run:
     )
     self._timing, self._wanted_hooks, self._fresh = timing, hooks, state
     self._checkpoints = self._lock = self._metrics = self._progress = None
-    self._hooks: Sequence[Hook] = ()
+    self._hooks = Hooks()
 
   def start(self) -> None:
     """Takes the workdir, and goes on where it stands.
@@ -150,7 +134,7 @@ class _Run:
     if parallel.is_primary():
       self._lock = config_lib.claim(config, workdir)
       self._checkpoints = checkpoints.Checkpoints(workdir, config.keep_checkpoints)
-      self._hooks = self._wanted_hooks
+      self._hooks = Hooks(self._wanted_hooks)
     self._restore(self._fresh)
     self._fresh = None
     if parallel.is_primary():
@@ -159,10 +143,11 @@ class _Run:
       self._metrics = metrics_lib.MetricsFile(
         workdir, self._step or -1, self._score.name, timing=self._timing
       )
-      if missing := self._metrics.missing(self._epoch):
+      tested = config_lib.tested(config, self._epoch)
+      if missing := self._metrics.missing(tested):
         warnings.warn(
           f'{workdir / metrics_lib.FILE_NAME} lacks epochs that the checkpoint has '
-          f'trained ({len(missing)} of {self._epoch}): curves and best values are '
+          f'trained ({len(missing)} of {len(tested)}): curves and best values are '
           'without them.',
           stacklevel=2,
         )
@@ -182,8 +167,10 @@ class _Run:
       newest = self._checkpoints.restore_newest()
       if newest:
         origin = f'the checkpoint in {self._workdir}'
-        state = checkpoints.from_arrays(newest.arrays, state, origin)
+        state = checkpoints.from_arrays(without(newest.arrays), state, origin)
         position = newest.position
+      hooks = position.get('hook_seconds', {}) if position else {}
+      self._hooks.restore(newest.arrays if newest else {}, hooks)
     position = parallel.broadcast_json(position)
     position = position or {'step': 0, 'epoch': 0, 'start': 0, 'means': None}
     self._step, self._epoch = position['step'], position['epoch']
@@ -236,7 +223,7 @@ class _Run:
           break
         stopping = stop.requested(self._step)
         saving = stopping or (every and self._step % every == 0)
-        if saving or self._due():
+        if saving or self._hooks.due(self._step, self._steps_per_epoch):
           self._record(pending)
           pending = None
           self._measure()
@@ -247,18 +234,18 @@ class _Run:
     self._record(pending)
     return True
 
-  def _due(self) -> list[Hook]:
-    """The hooks that measure after this step."""
-    return [h for h in self._hooks if h.due(self._step, self._steps_per_epoch)]
-
   def _measure(self) -> None:
     """Lets the hooks that are due measure the network as it is now."""
-    state = self._state
-    for hook in self._due():
-      variables = self._replicas.variables((state.params, state.batch_stats))
-      values = hook(*variables, self._step)
-      epoch = self._epoch + (self._start > 0)
+    due = self._hooks.due(self._step, self._steps_per_epoch)
+    if not due:
+      return
+    state = self._replicas.variables(self._state)
+    epoch = self._epoch + (self._start > 0)
+    for hook in due:
+      values = self._hooks.measure(hook, state, self._step)
       self._metrics.write_measured(self._step, epoch, hook.name, values)
+    self._hooks.draw(self._workdir, self._metrics.measured)
+    self._tick = time.monotonic()  # Not part of the next step.
 
   def _record(self, pending: tuple[int, Any] | None) -> None:
     """Reads the metrics of a dispatched step, which waits for it."""
@@ -283,15 +270,17 @@ class _Run:
   def _end_epoch(self) -> None:
     """Logs the epoch that has just been trained and moves on to the next."""
     means = self._means.means()
-    test, _ = self._evaluate(self._test_feed)
     self._epoch, self._start = self._epoch + 1, 0
     self._means = metrics_lib.EpochMeans()
+    tested = config_lib.is_tested(self._config, self._epoch)
+    test = self._evaluate(self._test_feed)[0] if tested else None
     if not self._metrics:
       return
     common = {'step': self._step, 'epoch': self._epoch, 'seconds': self._seconds()}
     self._metrics.write(**common, split='train', **means)
-    self._metrics.write(**common, split='test', **test)
-    self._progress.test(test[self._score.name])
+    if test:
+      self._metrics.write(**common, split='test', **test)
+      self._progress.test(test[self._score.name])
     self._measure()
 
   def _evaluate(self, feed: feeding.Feed) -> tuple[dict[str, float], dict[str, Any]]:
@@ -328,9 +317,12 @@ class _Run:
       'means': self._means.state if self._start else None,
       'seconds': self._seconds(),
       'input_wait': [self._stopwatch.waited, self._stopwatch.total],
+      'hook_seconds': self._hooks.seconds,
     }
     before = time.monotonic()
-    self._checkpoints.save(self._replicas.first(self._state), position)
+    self._checkpoints.save(
+      self._replicas.first(self._state), position, self._hooks.arrays()
+    )
     after = time.monotonic()
     self._next_save = after + (after - before) / _SAVING_SHARE
 
@@ -341,7 +333,7 @@ class _Run:
     if not self._metrics:
       return {}
     self._progress.close()
-    if self._metrics.missing(self._epoch)[-1:] == [self._epoch]:
+    if self._metrics.missing([self._epoch]):
       common = {'step': self._step, 'epoch': self._epoch, 'seconds': self._seconds()}
       self._metrics.write(**common, split='test', **test)
       self._metrics.flush()
@@ -363,6 +355,10 @@ class _Run:
     title = f'{self._config.task}, {self._config.optimizer}'
     lines = metrics_lib.read(self._workdir)
     curves.save(self._workdir, lines, title, self._score, problem.loss_name)
+    self._hooks.draw(self._workdir, self._metrics.measured, last=True)
+    facts['during_training'] = self._hooks.summarize(
+      self._metrics.measured, facts['wall_time_seconds']
+    )
     scores.draw(self._workdir, found, title)
     return summary.write(
       self._workdir, self._config, self._score, train=train, test=test, facts=facts

@@ -8,6 +8,7 @@ import os
 import pathlib
 import shutil
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from training.errors import TrainingDiverged
@@ -29,11 +30,16 @@ _FIELDS = (
   'examples_per_second',
 )
 _CLOCK = ('seconds', 'examples_per_second')
+_SPLITS = ('train', 'test', 'step')
 _LATEST = ('learning_rate', 'rho')
 
 
 class MetricsFile:
-  """Appends lines; what a restored run will write again is cut away first."""
+  """Appends lines; what a restored run will write again is cut away first.
+
+  Attributes:
+    measured: the lines of measurements during training so far, by name.
+  """
 
   def __init__(
     self, workdir: pathlib.Path, step: int, score: str, *, timing: bool = True
@@ -61,14 +67,18 @@ class MetricsFile:
       )
     kept = [line for line in lines if line['step'] <= step]
     self._tested = {line.get('epoch') for line in kept if line['split'] == 'test'}
+    self.measured: dict[str, list[dict[str, Any]]] = {}
+    for line in kept:
+      if line['split'] not in _SPLITS:
+        self.measured.setdefault(line['split'], []).append(line)
     temporary = self._path.with_suffix('.tmp')
     temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept))
     os.replace(temporary, self._path)
     self._file = self._path.open('a')
 
-  def missing(self, epochs: int) -> list[int]:
-    """Those of the first so many epochs that have no line about the test split."""
-    return [epoch for epoch in range(1, epochs + 1) if epoch not in self._tested]
+  def missing(self, epochs: Iterable[int]) -> list[int]:
+    """Those of some epochs that have no line about the test split."""
+    return [epoch for epoch in epochs if epoch not in self._tested]
 
   def write(self, **values: Any) -> None:
     """Appends a line about a split; fields that are not given are null."""
@@ -80,7 +90,9 @@ class MetricsFile:
     self, step: int, epoch: int, name: str, values: dict[str, Any]
   ) -> None:
     """Appends what a measurement found during training, under its name as split."""
-    self._append({'step': step, 'epoch': epoch, 'split': name, **values})
+    line = {'step': step, 'epoch': epoch, 'split': name, **values}
+    self.measured.setdefault(name, []).append(line)
+    self._append(line)
 
   def _append(self, line: dict[str, Any]) -> None:
     self._file.write(json.dumps(line) + '\n')

@@ -206,20 +206,65 @@ def build(
   """
   sharing, given = sharing or Sharing(), hyperparams or {}
   axis_name = None if sharing.whole else axis_name
-  rate = learning_rate(config, steps_per_epoch)
-  if 'learning_rate_scale' in given:
-    plain, scale = rate, given['learning_rate_scale']
-    rate = lambda count: scale * plain(count)
   mean = optax.identity()
   if axis_name is not None:
     mean = sam_jax.cross_replica_mean(axis_name)
-  base = _base(config, rate, given)
+  rate = _scaled_rate(config, steps_per_epoch, given)
+  after = [mean, *_base(config, rate, given)]
   if not methods.is_method(config.optimizer):
-    return optax.chain(mean, record_gradient_norm(), *base)
-  after = [mean, *base]
+    return optax.chain(mean, record_gradient_norm(), *after[1:])
+  built = _method(config, steps_per_epoch, optax.chain(*after), axis_name, given)
+  if sharing.groups:
+    built = sam_jax.m_sharpness(built, sharing.groups)
+  wraps_base = methods.get(config.optimizer).traits.wraps_base
+  return optax.chain(built, *([] if wraps_base else after))
+
+
+def descent(
+  config: Config, steps_per_epoch: int
+) -> tuple[optax.GradientTransformationExtraArgs, Callable[[Any], Any]]:
+  """What a method hands to its base optimizer, over whole batches.
+
+  That is its gradient, at w + eps-hat for SAM; of a method that wraps its base the
+  update; with a base optimizer alone the clean gradient.
+
+  Args:
+    config: a resolved, validated configuration.
+    steps_per_epoch: steps in an epoch.
+
+  Returns:
+    The transformation, and what finds its state in that of `build`.
+  """
+  given: Mapping[str, Any] = {}
+  if not methods.is_method(config.optimizer):
+    return optax.with_extra_args_support(optax.identity()), lambda _: optax.EmptyState()
+  rate = _scaled_rate(config, steps_per_epoch, given)
+  after = optax.chain(optax.identity(), *_base(config, rate, given))
+  built = _method(config, steps_per_epoch, after, None, given)
+  return built, lambda opt_state: opt_state[0]
+
+
+def _scaled_rate(
+  config: Config, steps_per_epoch: int, given: Mapping[str, Any]
+) -> optax.Schedule:
+  """The learning rate, times a factor where one is given."""
+  rate = learning_rate(config, steps_per_epoch)
+  if 'learning_rate_scale' not in given:
+    return rate
+  return lambda count: given['learning_rate_scale'] * rate(count)
+
+
+def _method(
+  config: Config,
+  steps_per_epoch: int,
+  inner: optax.GradientTransformation,
+  axis_name: str | None,
+  given: Mapping[str, Any],
+) -> optax.GradientTransformationExtraArgs:
+  """The configuration's method, run in the steps it is to run in."""
   provided = {
-    'inner': optax.chain(*after),
-    'learning_rate': rate,
+    'inner': inner,
+    'learning_rate': _scaled_rate(config, steps_per_epoch, given),
     'steps_per_epoch': steps_per_epoch,
     'total_steps': config.epochs * steps_per_epoch,
     'axis_name': axis_name,
@@ -232,10 +277,7 @@ def build(
     built = sam_jax.periodic(
       built, every=config.perturb_every, start=start, stop=stop, axis_name=axis_name
     )
-  if sharing.groups:
-    built = sam_jax.m_sharpness(built, sharing.groups)
-  wraps_base = methods.get(config.optimizer).traits.wraps_base
-  return optax.chain(built, *([] if wraps_base else after))
+  return built
 
 
 def _base(
@@ -254,6 +296,16 @@ def _base(
     lambda learning_rate: BASES[config.base_optimizer](config, learning_rate, decay)
   )
   return [*chain, base(learning_rate=rate)]
+
+
+def recorded(opt_state: Any) -> dict[str, Any]:
+  """Scalars in an optimizer's state that tell of its last step, those it has."""
+  is_array = lambda _, leaf: isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+  found = {
+    name: optax.tree.get(opt_state, name, None, filtering=is_array)
+    for name in ('perturbed_loss', 'gradient_norm', 'rho', 'learning_rate')
+  }
+  return {name: value for name, value in found.items() if value is not None}
 
 
 class GradientNormState(NamedTuple):

@@ -18,8 +18,6 @@ from training.problem import Batch, Problem
 from training.sharing import Sharing
 
 Metrics = dict[str, jax.Array]
-# Scalars of the optimizer's state that are logged where it has them.
-_STATE_METRICS = ('perturbed_loss', 'gradient_norm', 'rho', 'learning_rate')
 
 
 class TrainState(NamedTuple):
@@ -122,7 +120,7 @@ class Stepper:
       **({} if one_gradient else {'loss': shard.mean(value)}),
       self.problem.scores.main.name: shard.score(facts),
       'examples': shard.total,
-      **_state_metrics(opt_state),
+      **optimizers.recorded(opt_state),
     }
     state = state._replace(
       step=state.step + 1,
@@ -296,14 +294,3 @@ def _subset(batch: Batch, indices: jax.Array) -> tuple[Batch, jax.Array]:
     mask = jnp.zeros_like(batch['weights']).at[indices].set(1)
     chosen = {**batch, 'weights': mask * batch['weights']}
   return chosen, jnp.sum(chosen['weights'])
-
-
-def _state_metrics(opt_state: Any) -> Metrics:
-  """Scalars recorded in the optimizer's state, those it has."""
-  found = {
-    name: optax.tree.get(
-      opt_state, name, None, filtering=lambda _, leaf: isinstance(leaf, jax.Array)
-    )
-    for name in _STATE_METRICS
-  }
-  return {name: value for name, value in found.items() if value is not None}

@@ -105,6 +105,7 @@ def describe(summary: dict[str, Any]) -> str:
       f'{best[f"test_{score.name}_epoch"]})',
       f'  generalization gap (test - train loss) {final["generalization_gap"]:.4f}'
       f'{"; " + more if more else ""}{_waiting(summary)}',
+      *_measured(summary),
     ]
   )
 
@@ -112,3 +113,12 @@ def describe(summary: dict[str, Any]) -> str:
 def _waiting(summary: dict[str, Any]) -> str:
   share = summary.get('input_wait_share')  # Earlier versions did not measure it.
   return '' if share is None else f'; steps waited for input {100 * share:.2f} %'
+
+
+def _measured(summary: dict[str, Any]) -> list[str]:
+  """A line for what was measured during training."""
+  return [
+    f'  {name} took {100 * found["share_of_wall_time"]:.1f} % of the time'
+    f'{"; " + found["text"] if found.get("text") else ""}'
+    for name, found in summary.get('during_training', {}).items()
+  ]

@@ -89,7 +89,7 @@ def test_lambda_max_is_one_definition(network, matrices, fast, tmp_path):
   # Training in half precision measures the same.
   config = dataclasses.replace(network.config, dtype='bfloat16')
   hook = measurements.hook('eigenvalues', network.problem, config)
-  assert hook(*variables, 5) == found == hook(*variables, 5)
+  assert hook(network, 5) == found == hook(network, 5)
   summary = measurements.measure(
     network._replace(config=config), tmp_path, fast.options, ['eigenvalues']
   )
@@ -103,7 +103,7 @@ def test_hooks_are_due_and_tell_plain_numbers(network):
   assert [step for step in range(1, 8) if hook.due(step, 5)] == [3, 6]
   each = dataclasses.replace(hook, _every=0)
   assert [step for step in range(1, 11) if each.due(step, 5)] == [5, 10]
-  found = hook(network.params, network.batch_stats, 3)
+  found = hook(network, 3)
   assert json.loads(json.dumps(found)) == found
   test = next(network.problem.test.batches(1000).epoch(0))
   whole = problem_lib.loss(network.problem, network.params, network.batch_stats, test)
@@ -111,10 +111,10 @@ def test_hooks_are_due_and_tell_plain_numbers(network):
   with pytest.raises(training.UsageError, match='--measure=landscape: choose of'):
     measurements.hook('landscape', network.problem, network.config)
   trace = measurements.hook('trace', network.problem, network.config)
-  assert trace(network.params, network.batch_stats, 3)['trace_standard_error'] > 0
+  assert trace(network, 3)['trace_standard_error'] > 0
   poisoned = jax.tree.map(lambda x: x * np.nan, network.params)
   with pytest.raises(training.TrainingDiverged, match='step 3'):
-    trace(poisoned, network.batch_stats, 3)
+    trace(network._replace(params=poisoned), 3)
 
 
 def test_several_networks_are_compiled_and_loaded_once(network, fast, tmp_path):

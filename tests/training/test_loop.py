@@ -18,6 +18,7 @@ from training import (
   metrics,
   summary,
 )
+from training.hooks import Hook
 
 _CONFIG = Config(
   optimizer='sam',
@@ -242,7 +243,7 @@ def test_parameters_of_another_model_are_refused(whole, small, tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
-class _Norm:
+class _Norm(Hook):
   """A hook: the sum of squares of the parameters."""
 
   name = 'norm'
@@ -253,9 +254,9 @@ class _Norm:
   def due(self, step, steps_per_epoch):
     return step % (self._every or steps_per_epoch) == 0
 
-  def __call__(self, params, batch_stats, step):
-    assert set(batch_stats['BatchNorm_0']) == {'mean', 'var'}
-    leaves = jax.tree.leaves(params)
+  def __call__(self, state, step):
+    assert set(state.batch_stats['BatchNorm_0']) == {'mean', 'var'}
+    leaves = jax.tree.leaves(state.params)
     return {'value': float(sum((np.asarray(x, float) ** 2).sum() for x in leaves))}
 
 
@@ -273,6 +274,70 @@ def test_hooks_measure_the_network_of_their_step(every, steps, small, tmp_path):
   last = sum((x.astype(float) ** 2).sum() for x in arrays.values())
   if steps[-1] == 9:
     np.testing.assert_allclose(lines[-1]['value'], last, rtol=1e-12)
+
+
+class _Counted(Hook):
+  """A hook whose values depend on how often it was called, and which draws."""
+
+  name = 'counted'
+
+  def __init__(self):
+    self.recall({})
+
+  def due(self, step, steps_per_epoch):
+    return True
+
+  def __call__(self, state, step):
+    self._calls += 1
+    return {'calls': int(self._calls)}
+
+  def memory(self):
+    return {'calls': np.array(self._calls)}
+
+  def recall(self, memory):
+    self._calls = memory.get('calls', np.array(0))
+
+  def draw(self, workdir, lines):
+    (workdir / 'counted.txt').write_text(str(len(lines)))
+    return True
+
+  def summarize(self, lines):
+    return {'last': lines[-1]['calls']}
+
+
+@pytest.mark.parametrize('stop', [4, 5])
+def test_what_a_hook_remembers_is_kept_over_a_kill(stop, small, tmp_path):
+  problem = small.problem()
+  run = lambda where, problem: loop.train(
+    _CONFIG, problem, tmp_path / where, timing=False, hooks=[_Counted()]
+  )
+  whole = run('whole', problem)['during_training']['counted']
+  assert whole['last'] == _STEPS + 1
+  assert 0 <= whole['share_of_wall_time'] < 1
+  assert (tmp_path / 'whole' / 'counted.txt').read_text() == str(_STEPS + 1)
+
+  def kill():
+    raise _Killed
+
+  with pytest.raises(_Killed):
+    run('cut', problem._replace(train=_Disturbed(problem.train, stop, kill)))
+  run('cut', problem)
+  texts = [(tmp_path / name / 'metrics.jsonl').read_text() for name in ('cut', 'whole')]
+  assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize('every', [2, 5])
+def test_the_test_split_is_evaluated_now_and_then_and_at_the_end(
+  every, small, tmp_path
+):
+  config = dataclasses.replace(_CONFIG, evaluate_every=every)
+  found = loop.train(config, small.problem(), tmp_path, timing=False)
+  lines = metrics.read(tmp_path)
+  epochs = {
+    s: [x['epoch'] for x in lines if x['split'] == s] for s in ('train', 'test')
+  }
+  assert epochs == {'train': [1, 2, 3], 'test': [2, 3] if every == 2 else [3]}
+  assert lines[-1]['loss'] == found['final']['test_loss']
 
 
 @pytest.mark.parametrize('stop', [2, 3])

@@ -96,6 +96,30 @@ def _smoothed_kl(smoothing: float, logits: jax.Array, batch: Batch) -> jax.Array
   return jnp.sum(entropy_terms - targets * log_probs, axis=-1)
 
 
+def one_hot_error(factor: float) -> Callable[[jax.Array, Batch], jax.Array]:
+  r"""The losses of a `Problem`: squared distance of the outputs from one-hot targets.
+
+  .. math:: c \sum_k (f_k - [k = y])^2
+
+  Args:
+    factor: c; 1/C is the mean over the C outputs, 1/2 half the squared distance.
+
+  Returns:
+    ``example_losses(outputs, batch)`` of float (B, C) and int labels (B,) -> (B,).
+
+  >>> import jax.numpy as jnp
+  >>> outputs, batch = jnp.array([[0.0, 3.0]]), {'labels': jnp.array([1])}
+  >>> float(one_hot_error(1 / 2)(outputs, batch)[0])
+  2.0
+  """
+  return functools.partial(_one_hot_error, factor)
+
+
+def _one_hot_error(factor: float, outputs: jax.Array, batch: Batch) -> jax.Array:
+  targets = jax.nn.one_hot(batch['labels'], outputs.shape[-1], dtype=outputs.dtype)
+  return factor * jnp.sum((outputs - targets) ** 2, axis=-1)
+
+
 def scores(confusion: np.ndarray, names: Sequence[str] = ()) -> dict[str, Any]:
   """Scores of a confusion matrix.
 
