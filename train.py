@@ -3,6 +3,7 @@
   python train.py                                     the embedded digits, with SGD
   python train.py --optimizer=sam --rho=0.05          the same with SAM
   python train.py --optimizer=sgd,sam --seeds=3       a sweep: a table and a figure
+  python train.py --learning_rate=.1,.3 --batch_size=16,32       a sweep over a grid
   python train.py --task=mutagenicity_gcn --manual_dir=DIR --optimizer=sam
   python train.py --task=my_task.py                   a task of your own
 
@@ -11,6 +12,7 @@ A run that was stopped continues when the same command is given again.
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import sys
@@ -26,6 +28,7 @@ from training import (
   checkpoints,
   cli,
   compiler,
+  extension,
   hooks,
   loop,
   methods,
@@ -46,9 +49,14 @@ def _methods(argv: Sequence[str]) -> list[str]:
 
 def _define_flags(task: str, names: Sequence[str]) -> cli.Flags:
   flags = cli.Flags()
-  flags.heading('Flags of a run; unset, the task decides (--task=NAME --help tells)')
+  flags.heading(
+    'Flags of a run; unset, the task decides (--task=NAME --help tells). Several\n'
+    'values, as --rho=.05,.1 or --schedule=step,cosine, make a sweep'
+  )
   recipe = tasks.resolve(task) if task else None
-  flags.define_config(lists=('optimizer', 'rho'), recipe=recipe)
+  network = getattr(tasks.load(task), 'NETWORK', None) if task else None
+  keys = tasks.networks.described(network) if network is not None else ''
+  flags.define_config(recipe=recipe, keys=keys)
   flags.heading('Arguments of methods; unset, the task or the method decides')
   flags.define_methods(names)
   flags.define(
@@ -108,27 +116,31 @@ def _usage(task: str) -> str:
   return about + '\n' + '\n'.join(lists)
 
 
-def _points(flags, given: dict[str, object], task: str) -> dict[str, config_lib.Config]:
+def _points(
+  flags, given: dict[str, Any], swept: dict[str, list[Any]], task: str
+) -> dict[str, config_lib.Config]:
   """The configurations of the runs by their folder."""
-  if flags.sync_perturbation and given.pop('m_sharpness', None):
+  sweep.refuse(list(swept))
+  if flags.sync_perturbation and (
+    given.pop('m_sharpness', None) or swept.pop('m_sharpness', None)
+  ):
     raise UsageError(
       '--sync_perturbation makes one group of the whole batch, --m_sharpness many: '
       'choose one.'
     )
-  names = cli.entries('optimizer', given.pop('optimizer', None)) or [None]
-  radii = cli.numbers('rho', given.pop('rho', None)) or [None]
+  kinds = [swept.pop(n, [given.pop(n, None)]) for n in ('optimizer', 'rho')]
   points = sweep.points(
     lambda **fields: tasks.resolve(task, **{**given, **fields}),
-    names,
-    radii,
+    *kinds,
     flags.seeds,
+    swept,
   )
-  chosen = {config.optimizer for config in points.values()}
-  bases = {config.base_optimizer for config in points.values()}
-  optimizers.refuse_unheeded(given, chosen, bases)
+  configs = points.values()
+  optimizers.refuse_unheeded([*given, *swept], configs)
+  chosen = sorted({config.optimizer for config in configs})
   if flags.sync_perturbation and not any(map(methods.is_method, chosen)):
     raise UsageError(
-      f'--sync_perturbation has no effect with --optimizer={",".join(sorted(chosen))}.'
+      f'--sync_perturbation has no effect with --optimizer={",".join(chosen)}.'
     )
   return points
 
@@ -171,23 +183,25 @@ def _lambda_max(config, problem, workdir: pathlib.Path) -> dict[str, Any]:
   return {'lambda_max': json.loads(path.read_text())['lambda_max']}
 
 
-def _sweep(points, workdir: pathlib.Path, flags, options) -> None:
+def _sweep(points, swept, workdir: pathlib.Path, flags, options) -> None:
   """Trains and compares several runs."""
   for name in ('measure', 'track'):
     if flags[name].value:
       raise UsageError(f'--{name} is for a single run: a sweep measures its ends.')
   measure = _lambda_max if flags.sharpness else None
-  if sweep.run(points, tasks.build, workdir, measure=measure, **options):
+  run = functools.partial(sweep.run, swept=swept, measure=measure, **options)
+  if run(points, tasks.build, workdir):
     print(f'\n{reports.sweep.write(workdir)}\n{workdir}/')
 
 
 def main(argv: Sequence[str]) -> None:
   """Trains what the flags say."""
   named, known = cli.named(argv, 'task'), _methods(argv)
-  flags = _define_flags(named, known).parse(argv, lambda: _usage(named))
-  given = cli.overrides(flags, known)
+  defined = _define_flags(named, known)
+  flags = defined.parse(argv, lambda: _usage(named))
+  given, swept = defined.split(known)
   task = given.pop('task', 'digits_mlp')
-  points = _points(flags, given, task)
+  points = _points(flags, given, swept, task)
   if flags['workdir'].present and not flags.workdir:
     raise UsageError('--workdir= is empty: give a folder.')
   compiler.use_all_cores()
@@ -203,10 +217,10 @@ def main(argv: Sequence[str]) -> None:
     else f'runs/{config_lib.short(task)}_{name}'
   )
   if list(points) != ['']:
-    _sweep(points, workdir, flags, options)
+    _sweep(points, list(swept), workdir, flags, options)
     return
-  config_lib.check(first, workdir)
-  finished = summary.read(workdir)
+  extension.check(first, workdir)
+  finished = extension.finished(first, workdir)
   if not finished:
     problem = tasks.build(first)
     measured = _hooks(flags, problem, first)

@@ -17,10 +17,11 @@ _ACCURACY = {'name': 'accuracy', 'label': 'accuracy', 'scale': 100, 'unit': '%'}
 def write(workdir: pathlib.Path) -> str:
   """Writes `sweep.md` and `sweep.png` beside `sweep.json`.
 
-  That file holds `rows`, one for each optimizer and radius: `optimizer`, `rho` (None
-  for a base optimizer alone), `seeds`, and numbers, each with its standard error over
-  seeds as `NAME_error`; and, if it is new enough, `task` and the main `score` of the
-  task: its name, label, scale and unit.
+  That file holds `rows`, one for each optimizer, radius and combination of what else
+  was swept: `optimizer`, `rho` (None for a base optimizer alone), `seeds`, `swept` (the
+  other fields' values by name, None where they mean nothing), and numbers, each with
+  its standard error over seeds as `NAME_error`; and, if it is new enough, `task` and
+  the main `score` of the task: its name, label, scale and unit.
 
   Args:
     workdir: the sweep's folder.
@@ -60,12 +61,26 @@ def _scale(name: str, score: dict[str, Any]) -> float:
 def _table(
   rows: list[dict[str, Any]], shown: dict[str, str], score: dict[str, Any]
 ) -> Rows:
-  cells = [['optimizer', 'rho', 'seeds', *shown.values()]]
+  swept = list(rows[0].get('swept', {}))
+  cells = [['optimizer', 'rho', *swept, 'seeds', *shown.values()]]
   for row in rows:
-    rho = '-' if row['rho'] is None else f'{row["rho"]:g}'
-    cells.append([row['optimizer'], rho, str(row['seeds'])])
+    fields = [_text(_value(row, name)) for name in ('rho', *swept)]
+    cells.append([row['optimizer'], *fields, str(row['seeds'])])
     cells[-1] += [_cell(row, name, _scale(name, score)) for name in shown]
   return cells
+
+
+def _value(row: dict[str, Any], name: str) -> Any:
+  """The value of what was swept; None where it means nothing."""
+  return row['rho'] if name == 'rho' else row.get('swept', {})[name]
+
+
+def _text(value: Any) -> str:
+  """A swept value in a table."""
+  if value is None:
+    return '-'
+  short = f'{value:g}' if isinstance(value, float) else f'{value}'
+  return short if isinstance(value, str) or float(short) == value else f'{value}'
 
 
 def _cell(row: dict[str, Any], name: str, scale: float) -> str:
@@ -83,45 +98,88 @@ def _figure(
   shown: dict[str, str],
   score: dict[str, Any],
 ) -> None:
-  """Score, gap and sharpness against rho; base optimizers as horizontal lines."""
+  """Score, gap and sharpness against what was swept, a curve for each of the others.
+
+  What has no place on that axis is a horizontal line, as the base optimizers of a sweep
+  over radii.
+  """
   from matplotlib.figure import Figure  # Slow to import, and needed once a sweep.
 
+  across, others = _axes(rows)
+  curves: dict[str, list[dict[str, Any]]] = {}
+  for row in rows:
+    curves.setdefault(_curve_label(row, across, others), []).append(row)
   names = [name for name in shown if not name.endswith('_loss')]
   figure = Figure(figsize=(3.6 * len(names), 3.3), layout='constrained')
   panels = figure.subplots(1, len(names), squeeze=False)[0]
+  places = _places({_value(row, across) for row in rows} - {None})
   for axes, name in zip(panels, names, strict=True):
-    for index, optimizer in enumerate(dict.fromkeys(r['optimizer'] for r in rows)):
-      chosen = [r for r in rows if r['optimizer'] == optimizer and name in r]
+    for index, (label, chosen) in enumerate(curves.items()):
+      chosen = [row for row in chosen if name in row]
       if chosen:
-        _curve(axes, chosen, name, _scale(name, score), f'C{index}')
-    axes.set(xlabel='rho', ylabel=shown[name])
-    _radii(axes, sorted({row['rho'] for row in rows if row['rho'] is not None}))
+        x = [places.get(_value(row, across)) for row in chosen]
+        _curve(axes, x, chosen, name, _scale(name, score), f'C{index}', label)
+    axes.set(xlabel=across, ylabel=shown[name])
+    _ticks(axes, places)
     axes.grid(alpha=0.3)
   panels[0].legend(frameon=False)
   figure.savefig(path, dpi=120)
 
 
+def _axes(rows: list[dict[str, Any]]) -> tuple[str, list[str]]:
+  """What the figure has across, and what else differs; the first of most values."""
+  counts = {
+    name: len({_value(row, name) for row in rows} - {None})
+    for name in ('rho', *rows[0].get('swept', {}))
+  }
+  across = max(counts, key=lambda name: counts[name])
+  return across, [n for n, count in counts.items() if n != across and count > 1]
+
+
+def _curve_label(row: dict[str, Any], across: str, others: list[str]) -> str:
+  """The legend of the curve that a row lies on."""
+  values = {name: _value(row, name) for name in others}
+  words = [f'{n} {_text(x)}' for n, x in values.items() if x is not None]
+  return ', '.join([row['optimizer'], *words])
+
+
+def _places(values: set[Any]) -> dict[Any, float]:
+  """Where the swept values lie on the axis: numbers by size, words one by one."""
+  if any(isinstance(value, str) for value in values):
+    return {value: place for place, value in enumerate(sorted(values, key=str))}
+  return {value: float(value) for value in sorted(values)}
+
+
 def _curve(
-  axes: Any, rows: list[dict[str, Any]], name: str, scale: float, colour: str
+  axes: Any,
+  places: list[float | None],
+  rows: list[dict[str, Any]],
+  name: str,
+  scale: float,
+  colour: str,
+  label: str,
 ) -> None:
-  """One optimizer's numbers against rho, or across where it has none."""
-  label = rows[0]['optimizer']
+  """Numbers at their places, or across where they have none."""
   values = [scale * row[name] for row in rows]
   errors = [scale * (row[f'{name}_error'] or 0) for row in rows]
-  if rows[0]['rho'] is None:
+  if places[0] is None:
     low, high = values[0] - errors[0], values[0] + errors[0]
     axes.axhline(values[0], color=colour, label=label)
     axes.axhspan(low, high, color=colour, alpha=0.15, lw=0)
     return
-  radii = [row['rho'] for row in rows]
-  axes.errorbar(radii, values, errors, fmt='o-', color=colour, label=label, capsize=3)
+  order = sorted(range(len(rows)), key=lambda index: places[index])
+  x, y, spread = ([some[i] for i in order] for some in (places, values, errors))
+  axes.errorbar(x, y, spread, fmt='o-', color=colour, label=label, capsize=3)
 
 
-def _radii(axes: Any, swept: list[float]) -> None:
-  """Ticks at the radii that were swept."""
+def _ticks(axes: Any, places: dict[Any, float]) -> None:
+  """Ticks at the values that were swept."""
   from matplotlib.ticker import NullLocator
 
-  if any(swept):
-    axes.set_xscale('linear' if 0 in swept else 'log')
-    axes.set_xticks(swept, [f'{radius:g}' for radius in swept])
-    axes.xaxis.set_minor_locator(NullLocator())
+  if not any(places.values()):
+    return
+  words = any(isinstance(value, str) for value in places)
+  logarithmic = not words and min(places.values()) > 0
+  axes.set_xscale('log' if logarithmic else 'linear')
+  axes.set_xticks(list(places.values()), [_text(value) for value in places])
+  axes.xaxis.set_minor_locator(NullLocator())

@@ -8,6 +8,10 @@ A task of one's own is a Python file anywhere, or a module, with
   ``{'sam': {'rho': 0.1}}``;
 - optionally ``SCALES``, other sizes of it: recipe fields by the name that ``--scale``
   takes, as ``{'small': {'epochs': 10}}``; ``build`` reads the name in ``config.scale``;
+- optionally ``LEARNING_RATES``, that of each base optimizer that the recipe's own rate
+  does not suit, as ``{'adam': 0.01}``;
+- optionally ``NETWORK``, the flax module that ``--model`` changes, with its values: its
+  attributes are told by ``--help`` and checked before the data are read;
 - optionally ``HEEDS``, those of the fields ``dataset`` and ``label_smoothing`` that its
   ``build`` reads: the others are refused. Without it none is.
 
@@ -20,6 +24,7 @@ import dataclasses
 import importlib
 import pkgutil
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import training
@@ -31,8 +36,6 @@ from training.errors import UsageError
 _HELPERS = ('edges', 'networks')
 # Fields that mean nothing to some tasks.
 _OPTIONAL = ('dataset', 'label_smoothing')
-# Of the steps of a run, which are counted in int32.
-_MAX_STEPS = 2**31 - 1
 _FIELDS = {field.name for field in dataclasses.fields(training.Config)}
 
 
@@ -69,7 +72,8 @@ def resolve(name: str = 'digits_mlp', **overrides: Any) -> training.Config:
 
   A method's radius and other arguments are the task's own for it, else the method's;
   with a base optimizer alone there are none. A method that follows a momentum buffer
-  takes momentum over a recipe of plain SGD, at the same effective rate.
+  takes momentum over a recipe of plain SGD. The learning rate is that of the base
+  optimizer: the recipe's, or the task's own for it.
 
   Args:
     name: a task, see `load`.
@@ -97,6 +101,8 @@ def resolve(name: str = 'digits_mlp', **overrides: Any) -> training.Config:
       raise UsageError(
         f'--{field}={value} has no effect with --task={name}: leave it out.'
       )
+  if hasattr(task, 'NETWORK'):
+    networks.parse(task.NETWORK, config.model)
   if config.optimizer in optimizers.BASES and 'base_optimizer' not in given:
     config = dataclasses.replace(config, base_optimizer=config.optimizer)
   known = [*methods.found(), config.optimizer]
@@ -106,6 +112,9 @@ def resolve(name: str = 'digits_mlp', **overrides: Any) -> training.Config:
     name = methods.get(config.optimizer).__name__
     own = getattr(task, 'METHODS', {}).get(name, {})
     config = _with_method(config, own, given, flags)
+  if 'learning_rate' not in given:
+    rate = _learning_rate(config, recipe, getattr(task, 'LEARNING_RATES', {}))
+    config = dataclasses.replace(config, learning_rate=rate)
   config_lib.validate(config)
   optimizers.validate(config)
   sharing.of(config)
@@ -147,16 +156,43 @@ def _with_method(
   if not config.m_sharpness:
     changes['m_sharpness'] = config.batch_size
   traits = methods.get(config.optimizer).traits
-  plain = config.base_optimizer == 'sgd'
-  if (
-    traits.needs_momentum
-    and plain
-    and not {'base_optimizer', 'learning_rate'} & {*given}
-  ):
-    # It follows a momentum buffer; the step is as long as without in the long run.
-    rate = config.learning_rate * (1 - config.momentum)
-    changes |= {'base_optimizer': 'momentum', 'learning_rate': rate}
+  plain = config.base_optimizer == 'sgd' and 'base_optimizer' not in given
+  if traits.needs_momentum and plain and 'learning_rate' not in given:
+    changes['base_optimizer'] = 'momentum'
   return dataclasses.replace(config, **changes)
+
+
+def _learning_rate(
+  config: training.Config, recipe: training.Config, rates: Mapping[str, float]
+) -> float:
+  """The learning rate of a configuration that none was given for.
+
+  Args:
+    config: with its base optimizer, and the recipe's learning rate.
+    recipe: the task's, at its scale.
+    rates: the task's own, by base optimizer.
+
+  Raises:
+    UsageError: the task has no rate that suits the base optimizer.
+  """
+  base = config.base_optimizer
+  known = {**rates, recipe.base_optimizer: recipe.learning_rate}
+  if base in known:
+    return known[base]
+  # Of the same kind: with momentum a step is 1 / (1 - momentum) times as long.
+  scale = {'sgd': 1, **dict.fromkeys(optimizers.WITH_MOMENTUM, 1 - config.momentum)}
+  adaptive = ('adam', 'adamw')
+  for other, rate in known.items():
+    if base in scale and other in scale:
+      return rate * scale[base] / scale[other]
+    if base in adaptive and other in adaptive:
+      return rate
+  if base not in optimizers.BASES:
+    return config.learning_rate  # The base optimizer is refused later.
+  raise UsageError(
+    f'--task={config.task} has no learning rate for --base_optimizer={base}: give '
+    '--learning_rate.'
+  )
 
 
 def build(config: training.Config) -> training.Problem:
@@ -167,17 +203,6 @@ def build(config: training.Config) -> training.Problem:
     DataError: the data cannot be found or read.
   """
   problem = load(config.task).build(config)
-  num_examples = problem.train.num_examples
-  if config.batch_size > num_examples:
-    raise UsageError(
-      f'--batch_size={config.batch_size}: the training split has {num_examples} '
-      'examples; give at most that.'
-    )
-  steps = config.epochs * (num_examples // config.batch_size)
-  if steps > _MAX_STEPS:
-    raise UsageError(
-      f'--epochs={config.epochs}: {steps:,} steps are more than {_MAX_STEPS:,}: '
-      'give fewer.'
-    )
+  config_lib.check_size(config, problem.train.num_examples)
   model = networks.change(problem.model, config.model, problem.example_inputs)
   return problem._replace(model=model)

@@ -38,6 +38,11 @@ RECIPE = training.Config(
 # The paper's ASAM is that of its code: |w|, of every parameter.
 METHODS = {'asam': {'rho': 2.0, 'weights': 'all', 'eta': 0.0}}
 
+NETWORK = models.WideResNet()
+# SGD's is that of Zagoruyko and Komodakis 2016 (arXiv:1605.07146), Adam's its authors'
+# default (arXiv:1412.6980). None but the recipe's has been tried here.
+LEARNING_RATES = {'sgd': 0.1, 'nesterov': 0.1, 'adam': 0.001, 'adamw': 0.001}
+
 
 def build(config: training.Config) -> training.Problem:
   """The network and CIFAR-10, or the images that config.dataset names."""
@@ -49,7 +54,7 @@ def build(config: training.Config) -> training.Problem:
   train, test, classes = found
   mean, std = augmentation.channel_statistics(train)
   return training.Problem(
-    model=models.WideResNet(num_classes=len(classes), pixel_mean=mean, pixel_std=std),
+    model=NETWORK.clone(num_classes=len(classes), pixel_mean=mean, pixel_std=std),
     train=train,
     test=test,
     example_losses=scores.smoothed_kl(config.label_smoothing),

@@ -25,12 +25,16 @@ RECIPE = training.Config(
 )
 HEEDS = ()
 
+NETWORK = models.MLP(num_classes=1, features=(32, 32))
+# Tuned on this task by short runs of three seeds, over factors of 2 to 3.
+LEARNING_RATES = {'momentum': 0.005, 'nesterov': 0.005, 'adam': 0.003, 'adamw': 0.003}
+
 
 def build(config: training.Config) -> training.Problem:
   """The perceptron and a random 70/30 split of the patients."""
   train, test = diabetes.load(seed=config.split_seed)
   return training.Problem(
-    model=models.MLP(num_classes=1, features=(32, 32)),
+    model=NETWORK,
     train=train,
     test=test,
     example_losses=scores.squared_error,

@@ -26,12 +26,16 @@ RECIPE = training.Config(
 )
 HEEDS = ('label_smoothing',)
 
+NETWORK = models.MLP()
+# Tuned on this task by short runs of three seeds, over factors of 2 to 3.
+LEARNING_RATES = {'momentum': 0.05, 'nesterov': 0.05, 'adam': 0.01, 'adamw': 0.01}
+
 
 def build(config: training.Config) -> training.Problem:
   """The perceptron and a random 70/30 split of the scans."""
   train, test, num_classes, _ = digits.load(seed=config.split_seed)
   return training.Problem(
-    model=models.MLP(num_classes=num_classes),
+    model=NETWORK.clone(num_classes=num_classes),
     train=train,
     test=test,
     example_losses=scores.smoothed_kl(config.label_smoothing),

@@ -35,6 +35,8 @@ RECIPE = training.Config(
 METHODS = {'sam': {'rho': 0.1}}
 SCALES = {'small': {'epochs': 2000, 'batch_size': 1000, 'learning_rate': 0.4}}
 HEEDS = ()
+NETWORK = models.MLP(features=(1000,) * 3, initial='glorot_normal')
+LEARNING_RATES = {'adam': 0.001, 'adamw': 0.001}
 
 
 def build(config: training.Config) -> training.Problem:
@@ -42,13 +44,13 @@ def build(config: training.Config) -> training.Problem:
   folders = {'data_dir': config.data_dir, 'manual_dir': config.manual_dir}
   if config.scale == 'small':
     train, test = edges.cut(mnist.load_test(**folders).arrays, 1000, 1000)
-    features = (200,) * 3
+    network = NETWORK.clone(features=(200,) * 3)
   else:
     train, test = (split.arrays for split in mnist.load(**folders))
-    features = (1000,) * 3
+    network = NETWORK
   train, test = edges.less_mean(train, test)
   return training.Problem(
-    model=models.MLP(features=features, initial='glorot_normal'),
+    model=network,
     train=train,
     test=test,
     example_losses=scores.one_hot_error(1 / 10),

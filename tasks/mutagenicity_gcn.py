@@ -27,6 +27,8 @@ RECIPE = training.Config(
 # SAM's is the paper's; ASAM does not train with its usual .5 (docs/results.md).
 METHODS = {'sam': {'rho': 0.005}, 'asam': {'rho': 0.05}}
 
+NETWORK, LEARNING_RATES = tudataset_gcn.NETWORK, tudataset_gcn.LEARNING_RATES
+
 
 def build(config: training.Config) -> training.Problem:
   """The graph network and a random 70/30 split of the molecules."""

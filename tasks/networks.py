@@ -14,13 +14,65 @@ from training.errors import UsageError
 _FIXED = ('parent', 'name', 'num_classes', 'pixel_mean', 'pixel_std')
 
 
+def attributes(model: Any) -> dict[str, Any]:
+  """What may be changed of a network, with its values.
+
+  >>> import models
+  >>> attributes(models.MLP())
+  {'features': (64, 64)}
+  """
+  return {
+    field.name: getattr(model, field.name)
+    for field in dataclasses.fields(model)
+    if field.name not in _FIXED
+  }
+
+
+def described(model: Any) -> str:
+  """What may be changed of a network, as the command line would give it.
+
+  >>> import models
+  >>> described(models.MLP(features=(32, 32)))
+  'features=(32,32)'
+  """
+  plain = (int, float, str, tuple)
+  values = attributes(model).items()
+  shown = (f'{name}={x}' for name, x in values if isinstance(x, plain))
+  return ', '.join(text.replace(' ', '') for text in shown)
+
+
+def parse(model: Any, text: str) -> dict[str, Any]:
+  """The attributes that a text changes, checked by name and type.
+
+  Args:
+    model: a flax.linen module that has them.
+    text: the attributes, as `depth=16,width=2,norm=none` or `features=(32,32)`; '' for
+      none.
+
+  Raises:
+    UsageError: an attribute that the network does not have, or a value of another type.
+  """
+  current, values = attributes(model), _parse(text) if text else {}
+  for name, value in values.items():
+    if name not in current:
+      raise UsageError(
+        f'--model={text}: the network has no {name!r}; choose from '
+        f'{", ".join(current)}.'
+      )
+    kinds = (int, float) if isinstance(current[name], float) else type(current[name])
+    if not isinstance(value, kinds) or type(value) is bool is not type(current[name]):
+      raise UsageError(
+        f'--model={text}: {name} is like {current[name]!r}, which {value!r} is not.'
+      )
+  return values
+
+
 def change(model: Any, text: str, example_inputs: Any) -> Any:
   """A network with some of its attributes changed.
 
   Args:
     model: a flax.linen module.
-    text: the attributes, as `depth=16,width=2,norm=none` or `features=(32,32)`; '' for
-      none.
+    text: the attributes, see `parse`.
     example_inputs: inputs that the changed network has to accept.
 
   Raises:
@@ -33,24 +85,7 @@ def change(model: Any, text: str, example_inputs: Any) -> Any:
   """
   if not text:
     return model
-  current = {
-    field.name: getattr(model, field.name)
-    for field in dataclasses.fields(model)
-    if field.name not in _FIXED
-  }
-  values = _parse(text)
-  for name, value in values.items():
-    if name not in current:
-      raise UsageError(
-        f'--model={text}: the network has no {name!r}; choose from '
-        f'{", ".join(current)}.'
-      )
-    kinds = (int, float) if isinstance(current[name], float) else type(current[name])
-    if not isinstance(value, kinds) or isinstance(value, bool):
-      raise UsageError(
-        f'--model={text}: {name} is like {current[name]!r}, which {value!r} is not.'
-      )
-  changed = model.clone(**values)
+  changed = model.clone(**parse(model, text))
   try:
     jax.eval_shape(changed.init, jax.random.key(0), example_inputs)
   except (ValueError, TypeError, ZeroDivisionError) as error:
@@ -64,13 +99,23 @@ def _parse(text: str) -> dict[str, Any]:
     call = ast.parse(f'f({text})', mode='eval').body
     if not isinstance(call, ast.Call) or call.args:
       raise ValueError
-    return {
-      keyword.arg: keyword.value.id
-      if isinstance(keyword.value, ast.Name)
-      else ast.literal_eval(keyword.value)
+    pairs = [
+      (
+        keyword.arg,
+        keyword.value.id
+        if isinstance(keyword.value, ast.Name)
+        else ast.literal_eval(keyword.value),
+      )
       for keyword in call.keywords
-    }
+    ]
   except (SyntaxError, ValueError):
     raise UsageError(
       f'--model={text}: give name=value pairs, as depth=16,width=2.'
     ) from None
+  names = [name for name, _ in pairs]
+  if twice := [name for name in names if names.count(name) > 1]:
+    raise UsageError(
+      f'--model={text} has {twice[0]} twice: give one value; a sweep cannot go over '
+      'networks, so start a run of each.'
+    )
+  return dict(pairs)

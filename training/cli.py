@@ -20,6 +20,8 @@ from training.errors import TrainingDiverged, UsageError
 USAGE_EXIT_CODE = 2
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _NO_READER = 141  # 128 + SIGPIPE
+# Texts that name one of a few things.
+_CHOICES = ('optimizer', 'base_optimizer', 'schedule', 'dtype')
 _HELP = ('--help', '-h', '-help', '--helpfull', '--helpshort')
 
 
@@ -27,22 +29,29 @@ class Flags:
   """A script's own flags, without those that libraries define.
 
   Every flag has a name, a kind ('str', 'int', 'float', 'bool' or 'list'), a help text
-  and a default, None if unset.
+  and a default, None if unset. A flag of several values is read as a list of texts,
+  which `split` turns into values of its kind.
   """
 
   def __init__(self):
     """Starts without flags."""
     self._values = flags.FlagValues()
     self._lines: list[str] = []
+    self._several: dict[str, str] = {}
 
   def heading(self, text: str) -> None:
     """Starts a group in the help."""
     self._lines.append(f'\n{text}:')
 
-  def define(self, name: str, kind: str, help_text: str, default=None) -> None:
-    """Defines one flag."""
+  def define(
+    self, name: str, kind: str, help_text: str, default=None, *, several: bool = False
+  ) -> None:
+    """Defines one flag; with several, one that takes values separated by commas."""
     parsers = {'int': _Integer, 'float': _Float}
-    if kind in parsers:
+    if several:
+      self._several[name] = kind
+      flags.DEFINE_list(name, default, help_text, flag_values=self._values)
+    elif kind in parsers:
       serializer = flags.ArgumentSerializer()
       flags.DEFINE(parsers[kind](), name, default, help_text, self._values, serializer)
     else:
@@ -61,28 +70,56 @@ class Flags:
       first = f'  {shown}\n{" " * 27}{lines[0]}'
     self._lines += [first, *(' ' * 27 + line for line in lines[1:])]
 
-  def define_config(
-    self, *, lists: Sequence[str] = (), recipe: Config | None = None
-  ) -> None:
+  def define_config(self, *, recipe: Config | None = None, keys: str = '') -> None:
     """Defines a flag for each field of Config that is a single value.
 
+    Numbers and choices take several values. Texts, such as names of files, are taken
+    whole.
+
     Args:
-      lists: fields that take several values.
       recipe: the help shows its values.
+      keys: what --model changes, with its values, for the help.
     """
     for field in config_fields():
       kind = str(field.type).removesuffix(' | None')
-      kind = 'list' if field.name in lists else kind
-      value = getattr(recipe, field.name, None)
+      value = keys if field.name == 'model' else getattr(recipe, field.name, None)
       here = '' if value in (None, '') else f' (here: {value})'
-      self.define(field.name, kind, field.metadata['help'] + here)
+      several = kind != 'str' or field.name in _CHOICES
+      self.define(field.name, kind, field.metadata['help'] + here, several=several)
 
   def define_methods(self, names: Sequence[str]) -> None:
     """Defines a flag for each argument of some methods."""
     for flag, spec in methods.flags(names).items():
       owners = ', '.join(methods.owners(flag, names))
       default = '' if spec.default is None else f' (default: {spec.default})'
-      self.define(flag, spec.kind, f'{owners}: {spec.help}{default}')
+      text = f'{owners}: {spec.help}{default}'
+      self.define(flag, spec.kind, text, several=spec.kind != 'bool')
+
+  def split(
+    self, names: Sequence[str]
+  ) -> tuple[dict[str, object], dict[str, list[object]]]:
+    """What the command line sets of Config and of the arguments of some methods.
+
+    Returns:
+      The single values by name, and by name those of which there are several.
+
+    Raises:
+      UsageError: an entry that is empty, not of the flag's kind, or there twice.
+    """
+    single, swept = {}, {}
+    known = [field.name for field in config_fields()] + list(methods.flags(names))
+    for name in known:
+      given = self._values[name].value
+      if given is None:
+        continue
+      if name in self._several:
+        found = values(name, self._several[name], given)
+        if len(found) > 1:
+          swept[name] = found
+          continue
+        (given,) = found
+      single[name] = given
+    return single, swept
 
   def parse(
     self, argv: Sequence[str], usage: str | Callable[[], str]
@@ -115,12 +152,6 @@ def config_fields() -> list[dataclasses.Field]:
   """The fields of Config that are flags."""
   fields = dataclasses.fields(Config)
   return [field for field in fields if field.name != 'hyperparameters']
-
-
-def overrides(values: flags.FlagValues, names: Sequence[str]) -> dict[str, object]:
-  """What the command line sets of Config and of the arguments of some methods."""
-  known = [field.name for field in config_fields()] + list(methods.flags(names))
-  return {name: values[name].value for name in known if values[name].value is not None}
 
 
 def named(argv: Sequence[str], flag: str) -> str:
@@ -157,23 +188,35 @@ def _refuse_twice(name: str, texts: Sequence[str], values: Sequence[object]) -> 
       raise UsageError(f'--{name}={",".join(texts)} has {texts[place]} twice.')
 
 
-def numbers(name: str, texts: Sequence[str] | None) -> list[float] | None:
-  """The numbers of a list flag.
+def values(name: str, kind: str, texts: Sequence[str]) -> list[object]:
+  """The values of a flag that takes several.
+
+  Args:
+    name: of the flag.
+    kind: 'int', 'float' or 'str'.
+    texts: the entries, at least one.
 
   Raises:
-    UsageError: one of them is not a number, or there are two of one.
+    UsageError: an entry is empty, not of this kind, or there twice.
   """
-  if texts is None:
-    return None
-  texts = entries(name, texts)
-  try:
-    values = [_Float().convert(text) for text in texts]
-  except ValueError:
-    raise UsageError(
-      f'--{name}={",".join(texts)}: give one or more numbers, as 0.05,0.1.'
-    ) from None
-  _refuse_twice(name, texts, values)
-  return values
+  texts = list(entries(name, texts))
+  if kind == 'str':
+    return texts
+  parser, what, example = {
+    'int': (_Integer(), 'whole numbers', '1,2'),
+    'float': (_Float(), 'numbers', '0.05,0.1'),
+  }[kind]
+  found = []
+  for text in texts:
+    try:
+      found.append(parser.convert(text))
+    except ValueError:
+      raise UsageError(
+        f'--{name}={",".join(texts)}: give one or more {what}, as {example}; {text!r} '
+        'is not a number of this kind.'
+      ) from None
+  _refuse_twice(name, texts, found)
+  return found
 
 
 def _plain(text: object) -> object:

@@ -17,6 +17,7 @@ from training.errors import UsageError
 
 FILE_NAME = 'config.json'
 _LOCK_NAME = '.lock'
+# Of the steps of a run too, which are counted in int32.
 _MAX_INT = 2**31 - 1
 # Raised when a field changes its meaning; older files are brought up to date by `load`.
 FORMAT = 2
@@ -191,6 +192,25 @@ def _validate_together(config: Config) -> None:
     config.warmup_epochs < config.epochs,
     f'must be less than --epochs={config.epochs}',
   )
+
+
+def check_size(config: Config, num_examples: int) -> None:
+  """Checks a configuration against the size of its training split.
+
+  Raises:
+    UsageError: the split has no whole batch, or the steps are too many.
+  """
+  if config.batch_size > num_examples:
+    raise UsageError(
+      f'--batch_size={config.batch_size}: the training split has {num_examples} '
+      'examples; give at most that.'
+    )
+  steps = config.epochs * (num_examples // config.batch_size)
+  if steps > _MAX_INT:
+    raise UsageError(
+      f'--epochs={config.epochs}: {steps:,} steps are more than {_MAX_INT:,}: '
+      'give fewer.'
+    )
 
 
 def require_choice(name: str, value: str, choices: Any) -> None:

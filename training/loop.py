@@ -20,6 +20,7 @@ import numpy as np
 from training import (
   checkpoints,
   curves,
+  extension,
   feeding,
   optimizers,
   parallel,
@@ -51,7 +52,8 @@ def train(
   """Trains on a problem, or continues the run that workdir holds.
 
   A run that is stopped at any moment and called again ends as if never stopped, bit for
-  bit on the same devices. A finished run is only read.
+  bit on the same devices. A finished run is only read; one of fewer epochs goes on, if
+  nothing in it depends on their number.
 
   Args:
     config: a resolved configuration (`resolve` of the tasks package).
@@ -74,8 +76,8 @@ def train(
   optimizers.validate(config)
   replicas = parallel.DataParallel(num_devices)
   shared = sharing.of(config, replicas.num_replicas)
-  config_lib.check(config, workdir)
-  finished = summary.read(workdir)
+  extension.check(config, workdir)
+  finished = extension.finished(config, workdir)
   if finished:
     return finished
   run = _Run(config, problem, workdir, replicas, shared, timing, hooks)
@@ -132,7 +134,7 @@ class _Run:
     """
     config, workdir = self._config, self._workdir
     if parallel.is_primary():
-      self._lock = config_lib.claim(config, workdir)
+      self._lock = extension.claim(config, workdir)
       self._checkpoints = checkpoints.Checkpoints(workdir, config.keep_checkpoints)
       self._hooks = Hooks(self._wanted_hooks)
     self._restore(self._fresh)

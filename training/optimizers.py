@@ -29,11 +29,12 @@ BASES: dict[str, Callable[..., optax.GradientTransformation]] = {
   'adamw': lambda config, rate, decay: optax.adamw(rate, weight_decay=decay),
 }
 _DECOUPLED = ('adamw',)
+WITH_MOMENTUM = ('momentum', 'nesterov')
 # What may differ between the members of a population: fields of Config, and a factor
 # on the learning rate. Where they are leaves of the state they take the fields' place.
 VARIABLE = ('rho', 'learning_rate_scale', 'weight_decay')
 # What only a method heeds, with the value at which it says nothing.
-_OF_METHODS = {
+OF_METHODS = {
   'rho': None,
   'm_sharpness': None,
   'perturb_every': 1,
@@ -42,32 +43,49 @@ _OF_METHODS = {
 }
 
 
-def refuse_unheeded(
-  given: Iterable[str], chosen: Iterable[str], bases: Iterable[str]
-) -> None:
-  """Refuses arguments that none of the chosen optimizers has.
+def refuse_unheeded(given: Iterable[str], configs: Iterable[Config]) -> None:
+  """Refuses arguments that none of some configurations heeds.
 
   Args:
     given: names of the flags that a user set.
-    chosen: names of the optimizers.
-    bases: names of the base optimizers under them.
+    configs: what the runs are.
 
   Raises:
     UsageError: names the flag and whose it is.
   """
-  chosen, bases = sorted(set(chosen)), sorted(set(bases))
+  configs = list(configs)
+  chosen = ','.join(sorted({config.optimizer for config in configs}))
   for flag in given:
-    if flag == 'momentum' and not {'momentum', 'nesterov'} & {*bases}:
-      raise UsageError(
-        f'--momentum has no effect with --base_optimizer={",".join(bases)}: it belongs '
-        'to momentum and nesterov.'
-      )
     owners = methods.owners(flag, methods.found())
-    if owners and not methods.owners(flag, chosen):
+    if owners and all(value(config, flag) is None for config in configs):
       raise UsageError(
-        f'--{flag} has no effect with --optimizer={",".join(chosen)}: it belongs to '
+        f'--{flag} has no effect with --optimizer={chosen}: it belongs to '
         f'{", ".join(owners)}.'
       )
+    if flag == 'momentum' and all(value(config, flag) is None for config in configs):
+      bases = ','.join(sorted({config.base_optimizer for config in configs}))
+      raise UsageError(
+        f'--momentum has no effect with --base_optimizer={bases}: it belongs to '
+        f'{", ".join(WITH_MOMENTUM)}.'
+      )
+
+
+def value(config: Config, flag: str) -> Any:
+  """The value of a field, or of a flag of a method; None where it means nothing.
+
+  Args:
+    config: a resolved configuration.
+    flag: name of a field of `Config`, or of the flag of a method's argument.
+  """
+  if not hasattr(config, flag):
+    specs = methods.hyperparameters(config.optimizer).values()
+    own = [spec.name for spec in specs if spec.flag == flag and spec.name != 'rho']
+    return config.hyperparameters.get(own[0]) if own else None
+  if flag in OF_METHODS and not methods.is_method(config.optimizer):
+    return None
+  if flag == 'momentum' and config.base_optimizer not in WITH_MOMENTUM:
+    return None
+  return getattr(config, flag)
 
 
 def validate(config: Config) -> None:
@@ -91,7 +109,7 @@ def _refuse_without_method(config: Config) -> None:
       f'--optimizer={config.optimizer} is a base optimizer, so '
       f'--base_optimizer={config.base_optimizer} contradicts it: drop one of them.'
     )
-  for name, silent in _OF_METHODS.items():
+  for name, silent in OF_METHODS.items():
     if getattr(config, name) != silent:
       raise UsageError(
         f'--{name}={getattr(config, name)} has no effect with '
@@ -129,7 +147,7 @@ def _check_method(config: Config) -> None:
 def _is_periodic(config: Config) -> bool:
   return any(
     getattr(config, name) != silent
-    for name, silent in _OF_METHODS.items()
+    for name, silent in OF_METHODS.items()
     if name.startswith('perturb_')
   )
 

@@ -1,23 +1,67 @@
-"""Sweeps: one run for each optimizer, radius and seed, compared in a table."""
+"""Sweeps: one run for each optimizer, radius, other value and seed, in a table."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 import pathlib
+import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from training import config as config_lib
-from training import loop, methods, parallel
+from training import extension, loop, methods, optimizers, parallel
 from training.config import Config
 from training.errors import UsageError
 from training.problem import Problem
 
-_MAX_SEEDS = 10_000
+_MAX_RUNS = 10_000
 RESULTS_NAME = 'sweep.json'
 # Measures the sharpness of a finished run: ``measure(config, problem, workdir)``.
 Measure = Callable[[Config, Problem, pathlib.Path], dict[str, Any]]
+# Fields that no model, data or loss depends on: runs that differ in them share those.
+_OF_TRAINING = (
+  'optimizer',
+  'base_optimizer',
+  'rho',
+  'hyperparameters',
+  'learning_rate',
+  'schedule',
+  'warmup_epochs',
+  'momentum',
+  'weight_decay',
+  'clip_norm',
+  'm_sharpness',
+  'perturb_every',
+  'perturb_from',
+  'perturb_until',
+  'seed',
+)
+
+
+def refuse(names: Sequence[str]) -> None:
+  """Refuses several values of a field that no sweep can go over.
+
+  Args:
+    names: flags that have several values.
+
+  Raises:
+    UsageError: names the flag and what to do instead.
+  """
+  kept = [f.name for f in dataclasses.fields(Config) if f.metadata['may_change']]
+  for name in names:
+    if name == 'seed':
+      raise UsageError(
+        '--seed has several values, and a sweep counts seeds from one on: give '
+        '--seed=S --seeds=N for S, S+1, ..., S+N-1.'
+      )
+    if name in (*kept, 'log_every'):
+      raise UsageError(
+        f'--{name} has several values, and the results do not depend on it, so there '
+        'is nothing to compare: give one.'
+      )
 
 
 def points(
@@ -25,35 +69,65 @@ def points(
   names: Sequence[str | None],
   radii: Sequence[float | None],
   seeds: int | None,
+  swept: Mapping[str, Sequence[Any]] | None = None,
 ) -> dict[str, Config]:
   """The runs of a command by their folder; one plain run has the folder ''.
 
-  Base optimizers have no radius, and appear once whatever the radii are.
+  Base optimizers have no radius, and appear once whatever the radii are; so does each
+  optimizer for other values that mean nothing to it. A folder is named by the optimizer
+  where there are several, the radius, the other swept fields and the seed, as
+  `sam/rho_0.1/learning_rate_0.3/seed_0`.
 
   Args:
-    resolve: makes a configuration of optimizer=, rho= and seed=, None if unset.
+    resolve: makes a configuration of optimizer=, rho=, seed= and what is swept, None if
+      unset.
     names: optimizers.
     radii: values of rho.
     seeds: number of seeds from the configuration's own on; None is a single one.
+    swept: the values of other fields, and of flags of methods, by name: a run for each
+      combination.
 
   Raises:
-    UsageError: one of the configurations, or seeds that are none or too many.
+    UsageError: one of the configurations, or seeds or runs that are none or too many.
   """
-  if seeds is not None and not 1 <= seeds <= _MAX_SEEDS:
-    raise UsageError(f'--seeds={seeds}: must be at least 1 and at most {_MAX_SEEDS}.')
-  if len(names) == len(radii) == 1 and seeds is None:
+  swept = swept or {}
+  if seeds is not None and not 1 <= seeds <= _MAX_RUNS:
+    raise UsageError(f'--seeds={seeds}: must be at least 1 and at most {_MAX_RUNS}.')
+  if len(names) == len(radii) == 1 and seeds is None and not swept:
     return {'': resolve(optimizer=names[0], rho=radii[0])}
+  counts = [len(names), len(radii), seeds or 1, *map(len, swept.values())]
+  if math.prod(counts) > _MAX_RUNS:
+    raise UsageError(
+      f'a sweep of {math.prod(counts):,} runs is more than {_MAX_RUNS:,}: give fewer '
+      'values.'
+    )
+  texts = {name: _texts(values) for name, values in {'rho': radii, **swept}.items()}
   found = {}
-  for name in names:
-    plain = name is not None and not methods.is_method(name) and len(names) > 1
-    for radius in [None] if plain else radii:
-      first = resolve(optimizer=name, rho=radius)
-      for seed in range(first.seed, first.seed + (seeds or 1)):
-        config = resolve(optimizer=name, rho=radius, seed=seed)
-        parts = [config_lib.short(config.optimizer)] if len(names) > 1 else []
-        parts += [] if config.rho is None else [f'rho_{config.rho:g}']
-        found['/'.join([*parts, f'seed_{seed}'])] = config
+  for name, radius, *values in itertools.product(names, radii, *swept.values()):
+    fields = {'rho': radius, **dict(zip(swept, values, strict=True))}
+    if name is not None and not methods.is_method(name) and len(names) > 1:
+      fields = {n: x for n, x in fields.items() if n not in optimizers.OF_METHODS}
+    first = resolve(optimizer=name, **fields)
+    parts = [config_lib.short(first.optimizer)] if len(names) > 1 else []
+    if first.rho is not None:
+      parts.append(f'rho_{texts["rho"].get(first.rho, f"{first.rho:g}")}')
+    parts += [
+      f'{field}_{texts[field][fields[field]]}'
+      for field in swept
+      if optimizers.value(first, field) is not None
+    ]
+    for seed in range(first.seed, first.seed + (seeds or 1)):
+      config = resolve(optimizer=name, seed=seed, **fields)
+      found['/'.join([*parts, f'seed_{seed}'])] = config
   return found
+
+
+def _texts(values: Sequence[Any]) -> dict[Any, str]:
+  """Values as they stand in the names of folders: short, and all different."""
+  short = {x: f'{x:g}' if isinstance(x, float) else f'{x}' for x in values}
+  if len({*short.values()}) < len(values):
+    short = {x: repr(x) for x in values}
+  return {x: re.sub(r'[^\w.+-]', '_', text) for x, text in short.items()}
 
 
 def run(
@@ -61,6 +135,7 @@ def run(
   build: Callable[[Config], Problem],
   workdir: pathlib.Path,
   *,
+  swept: Sequence[str] = (),
   measure: Measure | None = None,
   **options: Any,
 ) -> dict[str, Any] | None:
@@ -68,8 +143,10 @@ def run(
 
   Args:
     configs: the runs by folder, as `points` makes them.
-    build: makes the problem, once: the runs differ in optimizer, rho and seed only.
+    build: makes the problem; once, unless the runs differ in what a problem may depend
+      on.
     workdir: the sweep's folder.
+    swept: names of the fields and flags, besides optimizer and rho, that differ.
     measure: measures each finished run; its numbers stand beside the run's own.
     **options: for `loop.train`.
 
@@ -77,19 +154,26 @@ def run(
     What `sweep.json` holds; None on a process that is not the primary one.
 
   Raises:
-    UsageError: a folder belongs to another run.
+    UsageError: a folder belongs to another run, or a configuration does not fit the
+      data.
   """
   if (workdir / config_lib.FILE_NAME).exists():
     raise UsageError(
       f'--workdir={workdir} holds a single run, not a sweep: choose another folder.'
     )
   for folder, config in configs.items():
-    config_lib.check(config, workdir / folder)
-  problem = build(next(iter(configs.values())))
+    extension.check(config, workdir / folder)
+  last = next(iter(configs.values()))
+  problem = build(last)
+  for config in configs.values():  # Before the first is trained.
+    config_lib.check_size(config, problem.train.num_examples)
   results = {}
   for number, (folder, config) in enumerate(configs.items(), 1):
     if parallel.is_primary():
       print(f'[{number}/{len(configs)}] {folder}')
+    if not _share_problem(last, config):
+      last, problem = config, None  # Its data go before others come.
+      problem = build(config)
     finished = loop.train(config, problem, workdir / folder, **options)
     if not parallel.is_primary():
       continue
@@ -101,23 +185,33 @@ def run(
   written = {
     'task': next(iter(configs.values())).task,
     'score': problem.scores.main._asdict(),
-    'rows': _rows(configs, results),
+    'rows': _rows(configs, results, swept),
     'runs': results,
   }
   config_lib.write_json(workdir / RESULTS_NAME, written)
   return written
 
 
+def _share_problem(one: Config, other: Config) -> bool:
+  """Whether model, data and loss of two configurations are the same."""
+  kept = [f.name for f in dataclasses.fields(Config) if f.name not in _OF_TRAINING]
+  return all(getattr(one, name) == getattr(other, name) for name in kept)
+
+
 def _rows(
-  configs: dict[str, Config], results: dict[str, dict[str, float]]
+  configs: dict[str, Config],
+  results: dict[str, dict[str, float]],
+  swept: Sequence[str],
 ) -> list[dict[str, Any]]:
-  """Mean and standard error over the seeds of each optimizer and radius."""
-  groups: dict[tuple[str, float | None], list[str]] = {}
+  """Mean and standard error over the seeds of each optimizer, radius and so on."""
+  groups: dict[tuple[Any, ...], list[str]] = {}
   for folder, config in configs.items():
-    groups.setdefault((config.optimizer, config.rho), []).append(folder)
+    values = (optimizers.value(config, name) for name in swept)
+    groups.setdefault((config.optimizer, config.rho, *values), []).append(folder)
   rows = []
-  for (optimizer, rho), folders in groups.items():
+  for (optimizer, rho, *values), folders in groups.items():
     row = {'optimizer': optimizer, 'rho': rho, 'seeds': len(folders)}
+    row['swept'] = dict(zip(swept, values, strict=True))
     for name, example in results[folders[0]].items():
       values = [results[f][name] for f in folders if name in results[f]]
       if isinstance(example, float):

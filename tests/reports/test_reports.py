@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from matplotlib.axes import Axes
 
 import training
 from reports import comparison, over_training, sweep
@@ -115,4 +116,42 @@ def test_a_sweep_is_drawn_from_its_file(tmp_path, earlier):
   else:
     assert shown['test absolute error (mm)'] == '0.9000 +- 0.0200'
   assert (tmp_path / 'sweep.md').read_text() == f'{text}\n'
+  assert (tmp_path / 'sweep.png').stat().st_size > 1000
+
+
+def test_a_grid_has_a_column_for_each_field_and_a_curve_for_each_combination(
+  tmp_path, monkeypatch
+):
+  curves, draw = {}, Axes.errorbar
+
+  def errorbar(axes, x, y, yerr, *, label, **style):
+    curves[label] = (list(x), list(y), list(yerr))
+    return draw(axes, x, y, yerr, label=label, **style)
+
+  monkeypatch.setattr(Axes, 'errorbar', errorbar)
+  rows = []
+  for rate in (0.3, 0.1, 0.2):  # The curve is drawn in the order of the axis.
+    for schedule in ('step', 'cosine'):
+      number = rate * (2 if schedule == 'step' else 3)
+      swept = {'learning_rate': rate, 'schedule': schedule, 'looksam_every': None}
+      row = {'optimizer': 'sgd', 'rho': None, 'seeds': 2, 'swept': swept}
+      rows.append({**row, 'lambda_max': number, 'lambda_max_error': rate / 10})
+  (tmp_path / 'sweep.json').write_text(json.dumps({'rows': rows}))
+  cells = _rows(sweep.write(tmp_path))
+  headings = ['optimizer', 'rho', 'learning_rate', 'schedule', 'looksam_every', 'seeds']
+  assert cells[0] == [*headings, 'lambda_max']
+  assert cells[2] == ['sgd', '-', '0.3', 'step', '-', '2', '0.60 +- 0.03']
+  assert list(curves) == ['sgd, schedule step', 'sgd, schedule cosine']
+  for factor, (x, y, spread) in zip((2, 3), curves.values(), strict=True):
+    assert x == [0.1, 0.2, 0.3]
+    assert y == pytest.approx([factor * rate for rate in x])
+    assert spread == pytest.approx([0.01, 0.02, 0.03])
+
+
+def test_a_sweep_over_words(tmp_path):
+  row = {'optimizer': 'sgd', 'rho': None, 'seeds': 1}
+  row |= {'lambda_max': 4.0, 'lambda_max_error': None}
+  rows = [{**row, 'swept': {'schedule': name}} for name in ('step', 'cosine')]
+  (tmp_path / 'sweep.json').write_text(json.dumps({'rows': rows}))
+  assert _rows(sweep.write(tmp_path))[3] == ['sgd', '-', 'cosine', '1', '4.00']
   assert (tmp_path / 'sweep.png').stat().st_size > 1000

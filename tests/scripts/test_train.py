@@ -55,6 +55,19 @@ def _run(*arguments):
     ('--epochs=many', '--epochs=many'),
     ('--learning_rate=nan', '--learning_rate=nan: must be a finite number'),
     ('--seeds=0', '--seeds=0: must be at least 1'),
+    ('--seed=0,1', '--seed has several values, and a sweep counts seeds'),
+    ('--log_every=1,2', '--log_every has several values, and the results do not'),
+    ('--task=digits_mlp,diabetes_mlp', '--task=digits_mlp,diabetes_mlp: choose one'),
+    ('--learning_rate=.1,', '--learning_rate=.1, has an empty entry'),
+    ('--learning_rate=.1,x', '--learning_rate=.1,x: give one or more numbers, as 0.05'),
+    ('--batch_size=8,.5', "'.5' is not a number of this kind"),
+    ('--batch_size=8,8', '--batch_size=8,8 has 8 twice'),
+    ('--batch_size=8,9999', '--batch_size=9999: the training split has 1257'),
+    ('--weight_decay=0,-1', '--weight_decay=-1.0: must not be negative'),
+    ('--schedule=step,foo', '--schedule=foo: choose one of'),
+    ('--momentum=.8,.9', '--momentum has no effect with --base_optimizer=sgd'),
+    ('--optimizer=sam --looksam_every=2,5', '--looksam_every has no effect with'),
+    ('--optimizer=sgd --perturb_every=2,5', '--perturb_every=2 has no effect with'),
     ('--devices=99', '--devices=99: this process has'),
     ('--m_sharpness=5 --optimizer=sam', 'must divide --batch_size'),
     ('--init_from=/nowhere', '--init_from=/nowhere: /nowhere has no checkpoint'),
@@ -118,9 +131,29 @@ def test_a_run_writes_its_files_and_a_second_start_only_reports(finished, capsys
 
 def test_other_flags_on_its_workdir_are_refused(finished, capsys):
   assert _run(f'--workdir={finished}', '--epochs=3', '--optimizer=sam') == 2
-  assert 'epochs is 2 there and 3 here' in capsys.readouterr().err
+  assert 'has epochs=2, and --schedule=cosine stretches' in capsys.readouterr().err
+  assert _run(f'--workdir={finished}', '--epochs=2', '--optimizer=sgd') == 2
+  assert "optimizer is 'sam' there and 'sgd' here" in capsys.readouterr().err
   assert _run(f'--workdir={finished}', '--epochs=2', '--seeds=2') == 2
   assert 'holds a single run' in capsys.readouterr().err
+
+
+def test_a_sweep_over_another_field(tmp_path):
+  flags = ['--optimizer=momentum', '--epochs=1', '--nosharpness', '--batch_size=400']
+  assert _run(f'--workdir={tmp_path}', *flags, '--learning_rate=.02,.1') == 0
+  results = json.loads((tmp_path / 'sweep.json').read_text())
+  assert [row['swept'] for row in results['rows']] == [
+    {'learning_rate': 0.02},
+    {'learning_rate': 0.1},
+  ]
+  for row in results['rows']:
+    workdir = tmp_path / f'learning_rate_{row["swept"]["learning_rate"]}' / 'seed_0'
+    config = json.loads((workdir / 'config.json').read_text())['config']
+    assert config['learning_rate'] == row['swept']['learning_rate']
+    final = json.loads((workdir / 'summary.json').read_text())['final']
+    assert row['test_loss'] == final['test_loss']
+  assert '| rho | learning_rate |' in (tmp_path / 'sweep.md').read_text()
+  assert (tmp_path / 'sweep.png').stat().st_size > 10_000
 
 
 def test_a_sweep_compares_and_repeats_nothing(tmp_path, capsys):
