@@ -1,6 +1,7 @@
 """Sharpness-aware minimization and exact sharpness measurement for JAX."""
 
 from sam_jax import curvature as curvature
+from sam_jax import edges as edges
 from sam_jax import landscape as landscape
 from sam_jax import methods as methods
 from sam_jax import perturbations as perturbations

@@ -1,0 +1,11 @@
+"""Edges of stability, and the quantities that training holds at them."""
+
+from sam_jax.edges.formulas import Plateaus as Plateaus
+from sam_jax.edges.formulas import adam_edge as adam_edge
+from sam_jax.edges.formulas import alignment as alignment
+from sam_jax.edges.formulas import batch_sharpness_plateaus as batch_sharpness_plateaus
+from sam_jax.edges.formulas import gd_edge as gd_edge
+from sam_jax.edges.formulas import heavy_ball_edge as heavy_ball_edge
+from sam_jax.edges.formulas import nesterov_edge as nesterov_edge
+from sam_jax.edges.formulas import sam_edge as sam_edge
+from sam_jax.edges.formulas import usam_edge as usam_edge
