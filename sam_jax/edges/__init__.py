@@ -1,5 +1,12 @@
 """Edges of stability, and the quantities that training holds at them."""
 
+from sam_jax.edges.batch_sharpness import BatchSharpness as BatchSharpness
+from sam_jax.edges.batch_sharpness import batch_sharpness as batch_sharpness
+from sam_jax.edges.batch_sharpness import perturbed_direction as perturbed_direction
+from sam_jax.edges.flow import Departure as Departure
+from sam_jax.edges.flow import FlowState as FlowState
+from sam_jax.edges.flow import departure_from_flow as departure_from_flow
+from sam_jax.edges.flow import gradient_flow as gradient_flow
 from sam_jax.edges.formulas import Plateaus as Plateaus
 from sam_jax.edges.formulas import adam_edge as adam_edge
 from sam_jax.edges.formulas import alignment as alignment
@@ -9,3 +16,4 @@ from sam_jax.edges.formulas import heavy_ball_edge as heavy_ball_edge
 from sam_jax.edges.formulas import nesterov_edge as nesterov_edge
 from sam_jax.edges.formulas import sam_edge as sam_edge
 from sam_jax.edges.formulas import usam_edge as usam_edge
+from sam_jax.edges.noise import noise_kernel_norm as noise_kernel_norm
