@@ -18,8 +18,8 @@ def attributes(model: Any) -> dict[str, Any]:
   """What may be changed of a network, with its values.
 
   >>> import models
-  >>> attributes(models.MLP())
-  {'features': (64, 64)}
+  >>> attributes(models.GCN(num_classes=2))['dropout_rate']
+  0.8
   """
   return {
     field.name: getattr(model, field.name)
@@ -33,7 +33,7 @@ def described(model: Any) -> str:
 
   >>> import models
   >>> described(models.MLP(features=(32, 32)))
-  'features=(32,32)'
+  'features=(32,32), activation=relu, initial=lecun_normal'
   """
   plain = (int, float, str, tuple)
   values = attributes(model).items()
