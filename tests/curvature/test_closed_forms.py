@@ -169,7 +169,7 @@ def _convolutions(train):
   'network',
   [
     pytest.param(_attention, id='attention', marks=pytest.mark.slow),
-    pytest.param(_gcn, id='gcn'),
+    pytest.param(_gcn, id='gcn', marks=pytest.mark.slow),
     pytest.param(lambda: _convolutions(False), id='batch-norm-eval'),
     pytest.param(
       lambda: _convolutions(True), id='batch-norm-train', marks=pytest.mark.slow

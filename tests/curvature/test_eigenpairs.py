@@ -91,6 +91,7 @@ def test_residuals_are_true_and_eigenvectors_orthonormal(network):
     assert np.abs(np.linalg.eigvalsh(dense) - value).min() <= residual + 1e-12
 
 
+@pytest.mark.slow
 def test_million_float32_entries_without_copies():
   values = np.random.default_rng(0).uniform(-0.5, 1, 1_000_000)
   top, bottom = [60, 55, 50, 42, 40], [-1, -2, -3]

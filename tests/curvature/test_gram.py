@@ -68,7 +68,13 @@ def _dense_jacobian(function, params):
   return np.asarray(jax.jacobian(lambda w: function(unravel(w)))(flat))
 
 
-@pytest.mark.parametrize('room', [2.0, pytest.param(0.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  'room',
+  [
+    pytest.param(2.0, marks=pytest.mark.slow),
+    pytest.param(0.0, marks=pytest.mark.slow),
+  ],
+)
 def test_gauss_newton_is_j_transposed_h_j_over_batches_of_any_size(room):
   params, data = _params(), _data(9)
   operator = curvature.gauss_newton(

@@ -255,7 +255,11 @@ def _train_and_track(loss, steps, tol):
 
 
 @pytest.mark.parametrize(
-  ('dtype', 'tol', 'rtol'), [(jnp.float64, 1e-5, 1e-6), (jnp.float32, 1e-3, 1e-3)]
+  ('dtype', 'tol', 'rtol'),
+  [
+    pytest.param(jnp.float64, 1e-5, 1e-6, marks=pytest.mark.slow),
+    (jnp.float32, 1e-3, 1e-3),
+  ],
 )
 def test_eigenvalues_are_tracked_while_a_network_trains(x64, dtype, tol, rtol):
   traces = []

@@ -235,6 +235,7 @@ def test_half_a_pair_and_an_empty_table_are_refused(tmp_path):
     mitbih.load(**arguments)
 
 
+@pytest.mark.slow
 def test_the_real_records(data_dir, tmp_path):
   arguments = {'data_dir': str(tmp_path), 'manual_dir': str(data_dir)}
 

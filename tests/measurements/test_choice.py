@@ -117,6 +117,7 @@ def test_hooks_are_due_and_tell_plain_numbers(network):
     trace(network._replace(params=poisoned), 3)
 
 
+@pytest.mark.slow
 def test_several_networks_are_compiled_and_loaded_once(network, fast, tmp_path):
   counts = {'compiled': 0, 'drawn': 0}
 

@@ -112,6 +112,7 @@ def test_hessian_vector_products_are_finite_and_symmetric(params):
   np.testing.assert_allclose(dot(u, product(v)), dot(v, product(u)), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_count_and_graphs_without_edge_features():
   graph = GRAPHS[2]._replace(
     nodes=np.ones((7, 14), np.float32), edges=np.ones((20, 3), np.float32)

@@ -121,13 +121,18 @@ CASES = [declared_case(*item) for item in sam_jax.methods.find().items()] + VARI
 _SLOW = ('frob_sam', 'det_sam', 'm_sharpness_of_looksam')
 
 
-def over(cases):
+# One of each kind; the costly checks of the others run with the slow tests.
+_KINDS = ('sam', 'gsam', 'esam', 'msam', 'graphsam', 'trace_sam', 'decoupled_wsam')
+_KINDS += ('periodic', 'm_sharpness')
+
+
+def over(cases, slow=_SLOW):
   """Parametrizes a test over cases."""
   return pytest.mark.parametrize(
     'case',
     [
       pytest.param(
-        case, id=case.name, marks=[pytest.mark.slow] if case.name in _SLOW else []
+        case, id=case.name, marks=[pytest.mark.slow] if case.name in slow else []
       )
       for case in cases
     ],
@@ -135,6 +140,7 @@ def over(cases):
 
 
 each_method = over(CASES)
+each_kind = over(CASES, [case.name for case in CASES if case.name not in _KINDS])
 
 
 def init_params(dtype=jnp.float32):
@@ -227,7 +233,7 @@ def spec(tree):
   return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 
-@each_method
+@each_kind
 def test_jit_equals_eager(case):
   tx, step, _, _ = compiled_step(case)
   start = init_params()
@@ -319,7 +325,7 @@ def test_another_tree_is_a_type_error(case):
       )
 
 
-@each_method
+@each_kind
 def test_python_zero_is_the_base_optimizer(case):
   _, _, params, _ = compiled_step(case, rho=0.0)
   expected, state = init_params(), BASE.init(init_params())
@@ -359,7 +365,7 @@ def test_traced_rho_selects_and_vmaps(case):
   assert_trees_equal(on, moved, rtol=1e-3, atol=1e-5)
 
 
-@each_method
+@each_kind
 def test_injected_schedule(case):
   """inject_hyperparams and a schedule in rho itself run the same radii."""
   schedule = optax.linear_schedule(0.0, RHO, 4)
@@ -439,7 +445,7 @@ def test_float64_agrees_with_float32(case):
       assert_trees_equal(params, params32, rtol=1e-4, atol=1e-5)
 
 
-@each_method
+@each_kind
 def test_replicas_stay_identical(case):
   """Ten steps on two devices with different batches: one train state, bit for bit."""
   tx = chain(case, axis_name='batch')
@@ -459,7 +465,7 @@ def test_replicas_stay_identical(case):
   assert_trees_equal(on_devices, on_one, rtol=1e-4, atol=1e-5)
 
 
-@each_method
+@each_kind
 def test_named_sharding(case):
   """Plain jit over a mesh, batch and kernel sharded, equals one device."""
   _, step, params, _ = compiled_step(case)
@@ -480,7 +486,7 @@ def test_named_sharding(case):
   assert_trees_equal(sharded, params, rtol=1e-5, atol=1e-6)
 
 
-@each_method
+@each_kind
 def test_checkpoint_round_trip(case, tmp_path):
   """A state restored from disk goes on bit for bit as the one that stayed."""
   _, step, params, opt_state = compiled_step(case)

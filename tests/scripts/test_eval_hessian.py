@@ -147,6 +147,7 @@ def test_a_regression_is_measured_and_compared(tmp_path):
   assert told[-1]['lambda_max'] == pytest.approx(found['lambda_max'], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_new_measurement_leaves_nothing_of_the_old_one(runs):
   workdir = runs / 'sgd_1'
   assert _run(f'--workdir={workdir}', *_FAST) == 0

@@ -225,6 +225,7 @@ if run(whole) == 0:
 """
 
 
+@pytest.mark.slow
 def test_a_kill_changes_no_bit_of_optimized_programs(tmp_path):
   """The tests of the loop compile without optimizations; this one as a user does."""
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'

@@ -56,6 +56,7 @@ def test_a_step_that_augments_equals_one_on_augmented_inputs(small, x64, groups)
   )
 
 
+@pytest.mark.slow
 def test_evaluation_sees_the_inputs_as_they_are(small, tmp_path):
   split = small.split(12)
   batch = next(split.batches(12).epoch(0))
