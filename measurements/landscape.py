@@ -19,7 +19,7 @@ from measurements.measurement import (
   points,
 )
 from measurements.objective import cast
-from sam_jax import landscape, plotting
+from sam_jax import landscape, layouts, plotting
 from training import problem as problem_lib
 from training.errors import UsageError
 
@@ -81,12 +81,24 @@ def check_plane(context: Context) -> None:
         f'checkpoints, and a plane needs {_FEWEST_CHECKPOINTS}; train with '
         '--keep_checkpoints=0 to keep them all.'
       )
-  elif not context.options.landscape_biases and not any(
-    np.ndim(leaf) >= 2 for leaf in jax.tree.leaves(context.params)
+  else:
+    _check_layout(context, kind)
+
+
+def _check_layout(context: Context, kind: str) -> None:
+  layout = layouts.automatic()
+  if not context.options.landscape_biases and not any(
+    jax.tree.leaves(layout.weights(context.params))
   ):
     raise UsageError(
-      f'--landscape_directions={kind}: no parameter is a matrix; give '
+      f'--landscape_directions={kind}: no parameter is a weight; give '
       '--landscape_biases to move the others.'
+    )
+  unknown = layout.unknown(context.params)
+  if kind == 'filter' and unknown:
+    raise UsageError(
+      f'--landscape_directions=filter: what the filters of {unknown[0]} are cannot be '
+      'told from its path and shape; give --landscape_directions=layer.'
     )
 
 

@@ -3,6 +3,7 @@
 from sam_jax import curvature as curvature
 from sam_jax import edges as edges
 from sam_jax import landscape as landscape
+from sam_jax import layouts as layouts
 from sam_jax import methods as methods
 from sam_jax import perturbations as perturbations
 from sam_jax import plotting as plotting

@@ -24,7 +24,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-WeightsMask = bool | Any | Callable[[optax.Params], Any] | None
+from sam_jax import layouts
+
+WeightsMask = bool | layouts.Layout | Any | Callable[[optax.Params], Any] | None
 
 
 def global_norm() -> optax.GradientTransformationExtraArgs:
@@ -69,17 +71,19 @@ def adaptive(
 
   Args:
     eta: added to :math:`|w|`, in the units of the parameters; at least 0.
-    weights: which leaves are weights: None for those with two or more axes, True for
-      all, a tree of bools like the parameters, or a function from the parameters to
-      such a tree. The paper sets weights apart from biases. The authors' code goes by
-      the name ``weight``, so that the scales of normalization layers are weights too,
-      which they are not with None; a tree or a function gives that rule.
+    weights: which leaves are weights: None for those that `layouts.automatic` takes
+      for weights, a `layouts.Layout` for those of another layout, True for all, a tree
+      of bools like the parameters, or a function from the parameters to such a tree.
+      The paper sets weights apart from biases. The authors' code goes by the name
+      ``weight``, so that the scales of normalization layers are weights too, which they
+      are not with None; a tree or a function gives that rule.
 
   Returns:
     A stateless transformation; its ``update`` requires ``params``.
 
   Raises:
-    ValueError: ``eta`` is negative, or ``update`` is called without ``params``.
+    ValueError: ``eta`` is negative, ``update`` is called without ``params``, or a rule
+      of the layout has no answer for a leaf.
 
   >>> import jax.numpy as jnp, sam_jax
   >>> p = sam_jax.perturbations.adaptive(eta=0.0, weights=True)
@@ -146,7 +150,9 @@ def unnormalized() -> optax.GradientTransformationExtraArgs:
 def weights_mask(weights: WeightsMask, params: optax.Params) -> Any:
   """Answers, leaf by leaf, which parameters are weights (see `adaptive`)."""
   if weights is None:
-    return jax.tree.map(lambda w: jnp.ndim(w) >= 2, params)
+    weights = layouts.automatic()
+  if isinstance(weights, layouts.Layout):
+    return weights.weights(params)
   if isinstance(weights, bool):
     return jax.tree.map(lambda _: weights, params)
   return weights(params) if callable(weights) else weights

@@ -1,9 +1,10 @@
 r"""Sharpness as SAM defines it: how far the loss rises near the parameters.
 
 All is measured of the data that is given, in the geometry of a diagonal matrix
-:math:`T`: the identity or, adaptively, :math:`|w|` over every parameter. Then the
-result does not change when a ReLU network's layers are rescaled without changing its
-function. The largest eigenvalue of the Hessian is in `sam_jax.curvature`.
+:math:`T`: the identity or, adaptively, :math:`|w|` on the parameters that ``weights``
+names. With every parameter, the default, the result does not change when a ReLU
+network's layers are rescaled without changing its function. The largest eigenvalue of
+the Hessian is in `sam_jax.curvature`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def worst_case(
   *,
   norm: Norm = 'l2',
   adaptive: bool = False,
+  weights: perturbations.WeightsMask = True,
   shared: bool = False,
   num_steps: int = 20,
   step_size: float | None = None,
@@ -58,7 +60,10 @@ def worst_case(
     batches: as for `curvature.hessian`; for m-sharpness, groups of m examples.
     rho: radius of the ball in the units of :math:`T^{-1} \epsilon`.
     norm: 'l2', over all parameters together, or 'linf', the largest of them.
-    adaptive: whether T is :math:`|w|`, and not the identity.
+    adaptive: whether T is :math:`|w|` on weights, and not the identity.
+    weights: which leaves are weights: True for all, None for those that
+      `layouts.automatic` takes for weights, a `layouts.Layout`, a tree of bools, or a
+      function from the parameters to such a tree. T is 1 on the others.
     shared: take one maximiser for the mean loss over all batches.
     num_steps: gradients from each start.
     step_size: length of a step in the norm and the units of rho; None is rho, with
@@ -95,6 +100,7 @@ def worst_case(
   step_size = rho if step_size is None else step_size
   _require_at_least(0, rho=rho, step_size=step_size)
   _require_at_least(1, num_steps=num_steps, num_restarts=num_restarts)
+  scaled = _scaled(adaptive, weights, params)
   params = _widened(params)
   batches = operators.WeightedBatches(batches, weight)
   groups = [(batches, 1.0)] if shared else (([(b, 1.0)], share) for b, share in batches)
@@ -104,7 +110,7 @@ def worst_case(
     for index, (group, share) in enumerate(groups):
       starts = _starts(norm, params, rho, num_restarts, jax.random.fold_in(key, index))
       ascent = functools.partial(_ascend, norm, rho, step_size)
-      function = functools.partial(_mean, loss_fn, adaptive, params, group)
+      function = functools.partial(_mean, loss_fn, scaled, params, group)
       rises.append(float(_highest_rise(function, ascent, starts, num_steps)))
       shares.append(share)
   return _over_groups(np.array(rises), np.array(shares))
@@ -117,6 +123,7 @@ def average_case(
   sigma: float,
   *,
   adaptive: bool = False,
+  weights: perturbations.WeightsMask = True,
   num_samples: int = 20,
   key: jax.Array | None = None,
   antithetic: bool = True,
@@ -134,7 +141,10 @@ def average_case(
     params: w; as in `worst_case`.
     batches: the data over which L is the mean loss; as for `curvature.hessian`.
     sigma: standard deviation of the noise in units of T.
-    adaptive: whether T is :math:`|w|`, and not the identity.
+    adaptive: whether T is :math:`|w|` on weights, and not the identity.
+    weights: which leaves are weights: True for all, None for those that
+      `layouts.automatic` takes for weights, a `layouts.Layout`, a tree of bools, or a
+      function from the parameters to such a tree. T is 1 on the others.
     num_samples: number of samples, at least 2.
     key: typed PRNG key of the samples; None is ``jax.random.key(0)``.
     antithetic: whether a sample is a pair, at twice the cost.
@@ -160,6 +170,7 @@ def average_case(
   """
   _require_at_least(0, sigma=sigma)
   _require_at_least(2, num_samples=num_samples)
+  scaled = _scaled(adaptive, weights, params)
   params = _widened(params)
   batches = operators.WeightedBatches(batches, weight)
   key = jax.random.key(0) if key is None else key
@@ -170,7 +181,7 @@ def average_case(
     samples = []
     for index in range(num_samples):
       noise = probes.gaussian(jax.random.fold_in(key, index), params)
-      points = (_moved(adaptive, params, noise, sign * sigma) for sign in signs)
+      points = (_moved(scaled, params, noise, sign * sigma) for sign in signs)
       samples.append(sum(map(mean, points)) / len(signs) - start)
   error = np.std(samples, ddof=1) / math.sqrt(num_samples)
   return _estimate(np.mean(samples), error)
@@ -195,17 +206,17 @@ def _starts(norm, params, rho, count, key) -> Iterator[Params]:
     yield _random_point(norm, jax.random.fold_in(key, index), params, rho)
 
 
-def _mean(loss_fn, adaptive, params, group, u):
+def _mean(loss_fn, scaled, params, group, u):
   """Mean loss over a group of batches at w + T u, and its gradient by u."""
   total = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
   for batch, share in group:
-    total = _add(loss_fn, adaptive, params, u, batch, share, total)
+    total = _add(loss_fn, scaled, params, u, batch, share, total)
   return total
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=6)
-def _add(loss_fn, adaptive, params, u, batch, share, total):
-  loss = lambda u: loss_fn(_moved(adaptive, params, u, 1), batch)
+def _add(loss_fn, scaled, params, u, batch, share, total):
+  loss = lambda u: loss_fn(_moved(scaled, params, u, 1), batch)
   return jax.tree.map(
     lambda t, x: t + share * x.astype(t.dtype), total, jax.value_and_grad(loss)(u)
   )
@@ -217,10 +228,22 @@ def _loss(loss_fn, params, batch):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _moved(adaptive, params, u, factor):
-  return jax.tree.map(
-    lambda w, x: w + factor * (jnp.abs(w) * x if adaptive else x), params, u
-  )
+def _moved(scaled, params, u, factor):
+  leaves, treedef = jax.tree.flatten(params)
+  moved = [
+    w + factor * (jnp.abs(w) * x if yes else x)
+    for yes, w, x in zip(scaled, leaves, jax.tree.leaves(u), strict=True)
+  ]
+  return jax.tree.unflatten(treedef, moved)
+
+
+def _scaled(adaptive, weights, params) -> tuple[bool, ...]:
+  """Whether T is |w|, of each leaf."""
+  if not adaptive:
+    return (False,) * len(jax.tree.leaves(params))
+  mask = perturbations.weights_mask(weights, params)
+  # Leaves in the order of the parameters, whatever the mask is made of.
+  return tuple(map(bool, jax.tree.leaves(jax.tree.map(lambda _, m: m, params, mask))))
 
 
 @functools.partial(jax.jit, static_argnums=0)

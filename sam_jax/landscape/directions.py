@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from sam_jax import layouts
 
 Params = Any
 Normalization = Literal['filter', 'layer', 'none']
@@ -24,15 +27,17 @@ def random_directions(
   *,
   normalization: Normalization = 'filter',
   include_vectors: bool = False,
+  layout: layouts.Layout | None = None,
 ) -> tuple[Params, ...]:
   r"""Random directions, orthogonal to each other, in the scale of the parameters.
 
   Filter normalization gives every filter of a direction the norm that this filter has
   in the parameters, :math:`d_f \leftarrow d_f |w_f| / |d_f|`, so that networks which
-  differ by a rescaling of their layers show the same landscape. A filter is what feeds
-  one output: a slice along the last axis. Directions are made orthogonal filter by
-  filter *before* they are scaled, so that both hold exactly. A leaf whose filters have
-  fewer weights than there are directions is scaled as one filter.
+  differ by a rescaling of their layers show the same landscape. A filter is all weights
+  that feed one output: a unit, a channel, or a feature of a head. Its place in each
+  leaf is the layout's to say. Directions are made orthogonal filter by filter *before*
+  they are scaled, so that both hold exactly. A leaf whose filters have fewer weights
+  than there are directions is scaled as one filter.
 
   Args:
     key: typed PRNG key.
@@ -40,14 +45,17 @@ def random_directions(
     num: number of directions.
     normalization: 'filter'; 'layer' takes each leaf as one filter; 'none' gives
       orthogonal Gaussian directions with the norm of the parameters they move.
-    include_vectors: also move leaves of fewer than two dimensions: biases and
-      normalization parameters. They are left at 0 otherwise.
+    include_vectors: also move leaves that are no weights, biases and normalization
+      parameters, each as one filter. They are left at 0 otherwise.
+    layout: which leaves are weights and what their filters are; None is
+      `layouts.automatic`.
 
   Returns:
     ``num`` pytrees like ``params``.
 
   Raises:
-    ValueError: an argument is out of range, or nothing is left to move.
+    ValueError: an argument is out of range, nothing is left to move, or the layout does
+      not know the filters of a weight that are to be normalized.
 
   >>> import jax, jax.numpy as jnp
   >>> params = {'kernel': jnp.arange(6.).reshape(3, 2), 'bias': jnp.ones(2)}
@@ -71,7 +79,14 @@ def random_directions(
     raise ValueError(f'num={num}: give at least one direction')
   leaves, treedef = jax.tree.flatten(params)
   leaves = [jnp.asarray(leaf) for leaf in leaves]
-  moved = [leaf.size > 0 and (include_vectors or leaf.ndim >= 2) for leaf in leaves]
+  layout = layouts.automatic() if layout is None else layout
+  if normalization == 'filter':
+    _require_known(layout, params)
+  described = [leaf for _, leaf in layout.leaves(params)]
+  moved = [
+    leaf.size > 0 and (include_vectors or is_weight)
+    for leaf, (is_weight, _) in zip(leaves, described, strict=True)
+  ]
   room = sum(leaf.size for leaf, move in zip(leaves, moved, strict=True) if move)
   if room < num:
     raise ValueError(
@@ -79,17 +94,18 @@ def random_directions(
       'moves biases too'
     )
   keys = jax.random.split(key, len(leaves))
-  groups = [_filters(leaf, num, normalization) for leaf in leaves]
+  by_filter = normalization == 'filter'
+  orders = [
+    _order(leaf, num, axes if by_filter and is_weight else ())
+    for leaf, (is_weight, axes) in zip(leaves, described, strict=True)
+  ]
   drawn = [
-    _draw(leaf_key, group, num, normalization)
+    _draw(leaf_key, leaf, num, normalization, *order)
     if move
     else jnp.zeros((num, *leaf.shape), leaf.dtype)
-    for leaf_key, group, leaf, move in zip(keys, groups, leaves, moved, strict=True)
+    for leaf_key, order, leaf, move in zip(keys, orders, leaves, moved, strict=True)
   ]
-  directions = [
-    [draw[i].reshape(leaf.shape) for draw, leaf in zip(drawn, leaves, strict=True)]
-    for i in range(num)
-  ]
+  directions = [[draw[i] for draw in drawn] for i in range(num)]
   if normalization == 'none':
     kept = [leaf * move for leaf, move in zip(leaves, moved, strict=True)]
     directions = _orthogonal(directions, kept)
@@ -274,19 +290,39 @@ def _wide(leaf: Any) -> np.dtype:
   return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
 
 
-def _filters(leaf, num, normalization):
-  """A leaf as (filter size, number of filters)."""
-  columns = leaf.reshape(-1, leaf.shape[-1]) if leaf.ndim >= 2 else leaf.reshape(-1, 1)
-  if normalization != 'filter' or columns.shape[0] < num:
-    columns = leaf.reshape(-1, 1)
-  return columns
+def _require_known(layout: layouts.Layout, params: Params) -> None:
+  """Checks that the layout knows the filters of all weights."""
+  unknown = layout.unknown(params)
+  if unknown:
+    raise ValueError(
+      f'layout: where the filters of {", ".join(unknown[:3])} are, path and shape do '
+      'not tell, for '
+      f'{len(unknown)} leaves in all; say it with layout=layouts.rule(...), name '
+      "stacked layers in layouts.automatic(stacked=...), or give normalization='layer'"
+    )
 
 
-def _draw(key, filters, num, normalization):
-  """(num, filter size, filters): orthogonal within a filter, scaled like it."""
+def _order(leaf, num, axes):
+  """The axes of a leaf, those that number its filters last, and the filters' number."""
+  others = [axis for axis in range(leaf.ndim) if axis not in axes]
+  count = math.prod(leaf.shape[axis] for axis in axes)
+  # Filters of fewer weights than directions leave no room for orthogonal ones.
+  count = count if leaf.size >= num * count else 1
+  return (*others, *axes), count
+
+
+def _draw(key, leaf, num, normalization, order, count):
+  """(num, *leaf.shape): orthogonal within each filter, scaled like it."""
+  turned = leaf.transpose(order)
+  filters = turned.reshape(-1, count)
   drawn = jax.random.normal(key, (num, *filters.shape), filters.dtype)
-  if normalization == 'none':
-    return drawn
+  if normalization != 'none':
+    drawn = _normalized(drawn, filters)
+  back = [1 + order.index(axis) for axis in range(leaf.ndim)]
+  return drawn.reshape(num, *turned.shape).transpose(0, *back)
+
+
+def _normalized(drawn, filters):
   result = []
   for direction in drawn:
     for _ in range(2):

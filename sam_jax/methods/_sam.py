@@ -150,9 +150,9 @@ def asam(
     rho: radius of the perturbation relative to the size of the weights. It is a number,
       a schedule of the update count, or injected.
     eta: number added to :math:`|w|` in the radius of each weight.
-    weights: which parameters have a radius in proportion to their size: weights (two
-      axes or more), or all. In Python None, True, or a mask as
-      `sam_jax.perturbations.adaptive` takes it.
+    weights: which parameters have a radius in proportion to their size: weights (no
+      biases, no parameters of normalizations), or all. In Python None, True, a
+      `sam_jax.layouts.Layout`, or a mask as `sam_jax.perturbations.adaptive` takes it.
     axis_name: the mapped axis, over which the recorded norm and loss are averaged.
 
   Returns:
