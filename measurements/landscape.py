@@ -14,6 +14,7 @@ from measurements.measurement import (
   Figure,
   Measurement,
   above_zero,
+  at_most,
   one_of,
   option,
   points,
@@ -40,6 +41,7 @@ class Options:
     1.0,
     'the surface reaches so far each way, in units of its directions',
     above_zero,
+    at_most(1000),
   )
   landscape_directions: str = option(
     'filter',
@@ -66,6 +68,11 @@ class Plane:
 def check_plane(context: Context) -> None:
   """Refuses directions that the network cannot have."""
   kind = context.options.landscape_directions
+  if context.options.landscape_biases and kind in ('eigenvectors', 'trajectory'):
+    raise UsageError(
+      f'--landscape_biases has no effect with --landscape_directions={kind}: they '
+      'move all parameters.'
+    )
   if kind == 'eigenvectors':
     top_k, size = context.options.top_k, context.operator.size
     if min(top_k, size) < 2:

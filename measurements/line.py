@@ -39,6 +39,10 @@ def _check(context: Context) -> None:
 def _other(context: Context) -> network.Network:
   """The newest network of the other run, which must be of the same model."""
   workdir = pathlib.Path(context.options.landscape_towards)
+  if workdir.resolve() == context.network.workdir.resolve():
+    raise UsageError(
+      f'--landscape_towards={workdir} is the network itself: give another run.'
+    )
   try:
     config = config_lib.load(workdir)
     found = network.restore(workdir, config, context.network.problem)

@@ -118,6 +118,11 @@ def at_least(least: int) -> Callable[[Any], str]:
   return lambda value: '' if value >= least else f'must be at least {least}'
 
 
+def at_most(most: float) -> Callable[[Any], str]:
+  """A check: a value of at most this."""
+  return lambda value: '' if value <= most else f'must be at most {most:g}'
+
+
 def one_of(*choices: str) -> Callable[[str], str]:
   """A check: one of these values."""
   return lambda value: '' if value in choices else f'choose one of {", ".join(choices)}'
@@ -135,7 +140,9 @@ def not_negative(value: float) -> str:
 
 def points(value: int) -> str:
   """A check: the points a side of a grid, or 0."""
-  return '' if value == 0 or value >= 2 else 'must be 0 or at least 2'
+  most = 1001  # A surface of more would take a year.
+  good = value == 0 or 2 <= value <= most
+  return '' if good else f'must be 0, or at least 2 and at most {most}'
 
 
 def estimate(name: str, found: Any) -> dict[str, Any]:

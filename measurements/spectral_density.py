@@ -10,7 +10,14 @@ import numpy as np
 
 from measurements import eigenvalues
 from measurements.context import Context
-from measurements.measurement import Figure, Measurement, at_least, estimate, option
+from measurements.measurement import (
+  Figure,
+  Measurement,
+  at_least,
+  at_most,
+  estimate,
+  option,
+)
 from sam_jax import curvature, plotting
 
 SPECTRUM = 'spectrum.npz'
@@ -22,9 +29,14 @@ class Options:
   """How finely."""
 
   num_matvecs: int = option(
-    60, 'Lanczos steps of each probe of the spectral density', at_least(1)
+    60,
+    'Lanczos steps of each probe of the spectral density',
+    at_least(1),
+    at_most(5000),
   )
-  num_probes: int = option(4, 'random probes of the spectral density', at_least(1))
+  num_probes: int = option(
+    4, 'random probes of the spectral density', at_least(1), at_most(5000)
+  )
 
 
 def read_density(path: pathlib.Path) -> curvature.SpectralDensity:

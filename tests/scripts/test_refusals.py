@@ -2,6 +2,7 @@
 
 import pytest
 
+import eval_hessian
 import train
 from input_pipelines import DataError
 from training import cli
@@ -136,6 +137,86 @@ _TRAIN = """
 --task=tudataset_gcn --dataset=../x
 """
 
+_EVAL = """
+--workdir=
+--workdir=/nonexistent
+--workdir=RUN/config.json
+--workdir=/nonexistent/*
+--workdir=RUN,
+--workdir=/etc/passwd
+--out=
+--out=/etc/passwd
+--out=RUN
+--steps=abc
+--steps=-1
+--steps=7
+--steps=0
+--steps=40,all
+--measure=foo
+--measure=
+--measure=line
+--measure=layers,foo
+--split=valid
+--num_examples=-1
+--num_examples=99999999
+--num_examples=1.5
+--operator=ggn
+--params_regex=[
+--params_regex=nomatch
+--preconditioner=adam
+--preconditioner=foo
+--batch_norm=foo
+--dtype=float16
+--dtype=bfloat16
+--tol=0
+--tol=-1
+--tol=nan
+--tol=2
+--max_num_matvecs=0
+--max_num_matvecs=1
+--max_basis_gib=0
+--max_basis_gib=nan
+--max_basis_gib=1e-9
+--max_journal_gib=-1
+--max_journal_gib=nan
+--batch_size=0
+--seed=-1
+--top_k=0
+--top_k=-1
+--top_k=99999999
+--num_matvecs=0
+--num_matvecs=99999999
+--num_probes=0
+--num_probes=99999999999
+--trace_matvecs=0
+--trace_matvecs=1
+--worst_case_rho=-1
+--worst_case_rho=nan
+--worst_case_norm=l1
+--worst_case_group=0
+--worst_case_steps=0
+--average_case_sigma=-1
+--average_case_sigma=nan
+--average_case_sigma=inf
+--average_case_samples=0
+--average_case_samples=1
+--one_batch_repeats=-1
+--landscape_points=1
+--landscape_points=-5
+--landscape_points=100000
+--landscape_extent=0
+--landscape_extent=nan
+--landscape_extent=-1
+--landscape_extent=1e30
+--landscape_directions=foo
+--landscape_directions=trajectory
+--landscape_directions=eigenvectors --landscape_biases
+--eigen_ratio_points=1
+--landscape_towards=/nonexistent
+--landscape_towards=RUN
+--unknown=1
+"""
+
 
 def _cases(text):
   return [pytest.param(line.split(), id=line) for line in text.split('\n') if line]
@@ -145,7 +226,7 @@ def _sentence(capsys, script, last):
   """Checks the one line on stderr: it names the flag, and is no quoted exception."""
   error = capsys.readouterr().err
   assert error.startswith(f'{script}: ') and error.count('\n') == 1, error
-  assert last.partition('=')[0].lstrip('-') in error
+  assert last.partition('=')[0].strip('-s') in error  # --steps: 'step 7'.
   assert "('" not in error and 'Error' not in error
   return error
 
@@ -158,3 +239,23 @@ def test_train_refuses(flags, tmp_path, capsys, monkeypatch):
   assert cli.run(train.main, [*script, *flags], errors=(DataError,)) == 2
   _sentence(capsys, 'train.py', flags[-1])
   assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """A run of one epoch."""
+  workdir = tmp_path_factory.mktemp('refusals') / 'run'
+  script = ['train.py', '--nocache', '--devices=1', f'--workdir={workdir}']
+  assert cli.run(train.main, [*script, '--epochs=1']) == 0
+  return workdir
+
+
+@pytest.mark.filterwarnings('default')
+@pytest.mark.parametrize('flags', _cases(_EVAL))
+def test_eval_hessian_refuses(flags, trained, capsys):
+  flags = [flag.replace('RUN', str(trained)) for flag in flags]
+  script = ['eval_hessian.py', '--nocache', f'--workdir={trained}', *flags]
+  capsys.readouterr()
+  assert cli.run(eval_hessian.main, script, errors=(DataError,)) == 2
+  _sentence(capsys, 'eval_hessian.py', flags[-1])
+  assert not (trained / 'hessian' / 'summary.json').exists()
