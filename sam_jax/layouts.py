@@ -109,6 +109,10 @@ class Layout:
     answers = [leaf.is_weight for _, leaf in self.leaves(params)]
     return jax.tree.unflatten(jax.tree.structure(params), answers)
 
+  def __call__(self, params: Any) -> Any:
+    """`weights`: a layout is a function from the parameters to a mask."""
+    return self.weights(params)
+
   def unknown(self, params: Any) -> list[str]:
     """The paths of those weights whose filters are not known.
 

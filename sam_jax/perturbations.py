@@ -150,9 +150,7 @@ def unnormalized() -> optax.GradientTransformationExtraArgs:
 def weights_mask(weights: WeightsMask, params: optax.Params) -> Any:
   """Answers, leaf by leaf, which parameters are weights (see `adaptive`)."""
   if weights is None:
-    weights = layouts.automatic()
-  if isinstance(weights, layouts.Layout):
-    return weights.weights(params)
+    return layouts.automatic().weights(params)
   if isinstance(weights, bool):
     return jax.tree.map(lambda _: weights, params)
   return weights(params) if callable(weights) else weights
