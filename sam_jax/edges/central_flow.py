@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_jax import curvature
 from sam_jax.curvature import products, stacks
+from sam_jax.edges import _pairs
 
 LossFn = Callable[[Any, Any], jax.Array]
 
@@ -194,8 +194,7 @@ class _CentralFlow:
     self.learning_rate = learning_rate
     self.substeps = substeps
     self.threshold = critical * 2 / learning_rate
-    self.tol = tol
-    self.key = jax.random.key(0) if key is None else key
+    self.follow = _pairs.Follower(loss_fn, self.batch, 'largest', tol, key)
     self.pairs = None
 
   def run(self, params, num_eigenvalues, steps) -> Iterator[CentralState]:
@@ -213,10 +212,8 @@ class _CentralFlow:
 
   def _measure(self, params, number, followed, size) -> int:
     """Finds the top eigenpairs, as many as it takes to see the end of the critical."""
-    key = jax.random.fold_in(self.key, number)
     while True:
-      find = functools.partial(_top, self.loss_fn, followed, self.tol)
-      self.pairs = find(params, self.batch, self.pairs, key)
+      self.pairs = self.follow(params, followed, number)
       values = np.asarray(self.pairs.eigenvalues, np.float64)
       if not np.isfinite(values).all():
         raise FloatingPointError(f'the eigenvalues are {values} at substep {number}')
@@ -275,20 +272,6 @@ def _of_pairs(covariance: np.ndarray) -> np.ndarray:
   """The weights of the pairs i <= j in the sum over all i, j."""
   rows, columns = np.triu_indices(len(covariance))
   return covariance[rows, columns] * np.where(rows == columns, 1, 2)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _top(loss_fn, count, tol, params, batch, start, key):
-  product = curvature.hessian_product(loss_fn)
-  return curvature.top_eigenpairs(
-    lambda vector: product(params, batch, vector),
-    params,
-    k=count,
-    start=start,
-    key=key,
-    tol=tol,
-    max_num_matvecs=400,
-  )
 
 
 @functools.partial(jax.jit, static_argnums=0)
