@@ -150,7 +150,8 @@ def central_flow(
     num_eigenvalues: number of top eigenvalues that are followed. While all of them are
       critical the number grows.
     critical: eigenvalues above this share of 2 / eta take part in the covariance.
-    tol: residual of the eigenpairs, relative to the largest eigenvalue.
+    tol: residual of the eigenpairs, relative to the largest eigenvalue; at least 100
+      times the rounding of the parameters' dtype is taken.
     key: typed PRNG key of the eigenpairs; None is ``jax.random.key(0)``.
 
   Yields:
@@ -181,19 +182,25 @@ def central_flow(
   if steps != sorted(steps) or any(step < 0 for step in steps):
     raise ValueError(f'steps={steps}: give numbers of steps that do not descend')
   params = jax.tree.map(jnp.asarray, products.at_least_float32(params))
-  flow = _CentralFlow(loss_fn, batch, learning_rate, substeps, critical, tol, key)
+  flow = _CentralFlow(
+    loss_fn, params, batch, learning_rate, substeps, critical, tol, key
+  )
   return flow.run(params, num_eigenvalues, steps)
 
 
 class _CentralFlow:
   """The loop over the Euler steps; what it keeps are the last eigenvectors."""
 
-  def __init__(self, loss_fn, batch, learning_rate, substeps, critical, tol, key):
+  def __init__(
+    self, loss_fn, params, batch, learning_rate, substeps, critical, tol, key
+  ):
     self.loss_fn = loss_fn
     self.batch = jax.device_put(batch)
     self.learning_rate = learning_rate
     self.substeps = substeps
     self.threshold = critical * 2 / learning_rate
+    dtype = jnp.result_type(*jax.tree.leaves(params))
+    tol = max(tol, 100 * float(jnp.finfo(dtype).eps))  # Less may never be reached.
     self.follow = _pairs.Follower(loss_fn, self.batch, 'largest', tol, key)
     self.pairs = None
 
