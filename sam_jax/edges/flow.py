@@ -103,7 +103,7 @@ def gradient_flow(
 
   References:
     Cohen et al., Gradient descent on neural networks typically occurs at the edge of
-    stability, arXiv 2103.00065, appendix I.5.
+    stability, arXiv 2103.00065.
   """
   if not 0 < step_times_curvature <= 2.5:
     raise ValueError(
@@ -208,7 +208,7 @@ def departure_from_flow(
 
   References:
     Cohen et al., Gradient descent on neural networks typically occurs at the edge of
-    stability, arXiv 2103.00065, section 3 and figure 3.
+    stability, arXiv 2103.00065.
   """
   if not 0 < learning_rate < math.inf:
     raise ValueError(f'learning_rate={learning_rate}: give a finite number above 0')
