@@ -43,7 +43,8 @@ class Departure(NamedTuple):
   Attributes:
     step: number of steps of gradient descent; the time is step * learning_rate.
     distance: l2 distance between the two.
-    path_length: length of the path of gradient descent, the sum of its steps' norms.
+    path_length: length of the path of gradient descent, the sum of its steps' norms. An
+      oscillation at the edge of stability lengthens it, but not the distance.
     descent: the parameters of gradient descent.
     flow: the state of the flow.
   """
