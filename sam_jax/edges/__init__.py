@@ -3,6 +3,9 @@
 from sam_jax.edges.batch_sharpness import BatchSharpness as BatchSharpness
 from sam_jax.edges.batch_sharpness import batch_sharpness as batch_sharpness
 from sam_jax.edges.batch_sharpness import perturbed_direction as perturbed_direction
+from sam_jax.edges.central_flow import CentralState as CentralState
+from sam_jax.edges.central_flow import central_flow as central_flow
+from sam_jax.edges.central_flow import solve_complementarity as solve_complementarity
 from sam_jax.edges.flow import Departure as Departure
 from sam_jax.edges.flow import FlowState as FlowState
 from sam_jax.edges.flow import departure_from_flow as departure_from_flow

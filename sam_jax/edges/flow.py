@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sam_jax import curvature, perturbations
+from sam_jax import perturbations
 from sam_jax.curvature import products
+from sam_jax.edges import _pairs
 
 LossFn = Callable[[Any, Any], jax.Array]
 
@@ -42,7 +43,8 @@ class Departure(NamedTuple):
   Attributes:
     step: number of steps of gradient descent; the time is step * learning_rate.
     distance: l2 distance between the two.
-    path_length: length of the path of gradient descent, the sum of its steps' norms.
+    path_length: length of the path of gradient descent, the sum of its steps' norms. An
+      oscillation at the edge of stability lengthens it, but not the distance.
     descent: the parameters of gradient descent.
     flow: the state of the flow.
   """
@@ -102,7 +104,7 @@ def gradient_flow(
 
   References:
     Cohen et al., Gradient descent on neural networks typically occurs at the edge of
-    stability, arXiv 2103.00065, appendix I.5.
+    stability, arXiv 2103.00065.
   """
   if not 0 < step_times_curvature <= 2.5:
     raise ValueError(
@@ -117,15 +119,14 @@ def gradient_flow(
 
 
 class _Flow:
-  """The loop over the steps; what it keeps is the last eigenvector."""
+  """The loop over the steps; what it keeps are the last eigenvectors."""
 
   def __init__(self, loss_fn, batch, step_times_curvature, max_step, key):
     self.loss_fn = loss_fn
     self.batch = jax.device_put(batch)
     self.factor = step_times_curvature
     self.max_step = max_step
-    self.key = jax.random.key(0) if key is None else key
-    self.found = None
+    self.follow = _pairs.Follower(loss_fn, self.batch, 'magnitude', _TOL, key)
     self.measured_at = -_REFRESH
 
   def run(self, state: FlowState, times: Iterable[float]) -> Iterator[FlowState]:
@@ -155,10 +156,9 @@ class _Flow:
     )
 
   def _measure(self, state: FlowState) -> float:
-    key = jax.random.fold_in(self.key, state.num_steps)
-    self.found = _top(self.loss_fn, state.params, self.batch, self.found, key)
+    found = self.follow(state.params, 1, state.num_steps)
     self.measured_at = state.num_steps
-    value = float(self.found.eigenvalues[0])
+    value = float(found.eigenvalues[0])
     if not math.isfinite(value):
       raise FloatingPointError(
         f'the curvature is {value} at time {state.time:g}: the loss is not finite near '
@@ -209,7 +209,7 @@ def departure_from_flow(
 
   References:
     Cohen et al., Gradient descent on neural networks typically occurs at the edge of
-    stability, arXiv 2103.00065, section 3 and figure 3.
+    stability, arXiv 2103.00065.
   """
   if not 0 < learning_rate < math.inf:
     raise ValueError(f'learning_rate={learning_rate}: give a finite number above 0')
@@ -268,16 +268,3 @@ def _descend(loss_fn, params, batch, learning_rate):
     gradient = jax.grad(loss_fn)(params, batch)
   length = learning_rate * perturbations.norm(gradient)
   return _along(params, gradient, -learning_rate), length
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _top(loss_fn, params, batch, start, key):
-  product = curvature.hessian_product(loss_fn)
-  return curvature.top_eigenpairs(
-    lambda vector: product(params, batch, vector),
-    params,
-    which='magnitude',
-    start=start,
-    key=key,
-    tol=_TOL,
-  )

@@ -79,7 +79,7 @@ def heavy_ball_edge(learning_rate: Scalars, momentum: Scalars) -> jax.Array:
 
   References:
     Cohen et al., Gradient descent on neural networks typically occurs at the edge of
-    stability, arXiv 2103.00065, appendix B.
+    stability, arXiv 2103.00065.
   """
   return _momentum_edge(learning_rate, momentum, nesterov=False)
 
@@ -108,7 +108,7 @@ def nesterov_edge(learning_rate: Scalars, momentum: Scalars) -> jax.Array:
 
   References:
     Cohen et al., Gradient descent on neural networks typically occurs at the edge of
-    stability, arXiv 2103.00065, appendix B.
+    stability, arXiv 2103.00065.
   """
   return _momentum_edge(learning_rate, momentum, nesterov=True)
 
@@ -190,7 +190,7 @@ def sam_edge(
 
   References:
     Long and Bartlett, Sharpness-aware minimization and the edge of stability, arXiv
-    2309.12488, eq. 3; with momentum, derived from it here.
+    2309.12488; the edge with momentum is derived from theirs here.
   """
   norm, rate, rho, momentum = _numbers(
     gradient_norm=gradient_norm, learning_rate=learning_rate, rho=rho, momentum=momentum
@@ -254,8 +254,8 @@ def batch_sharpness_plateaus(learning_rate: Scalars, momentum: Scalars) -> Plate
 
   Without momentum both are 2 / eta. The plateau of large batches is the edge of
   `heavy_ball_edge`. That of small batches is the edge of gradient descent with the
-  learning rate eta / (1 - beta), to which momentum amounts when noise moves the
-  velocity. `batch_sharpness` measures what is compared with them.
+  learning rate eta / (1 - beta), which is the effective one of heavy ball for slow
+  changes. `batch_sharpness` measures what is compared with them.
 
   Args:
     learning_rate: the learning rate eta; a number or an array.

@@ -14,7 +14,7 @@ import numpy as np
 from sam_jax import curvature
 from sam_jax.curvature import operators, products, stacks
 
-_STEP = 1.0  # Distance of the outputs at which the loss must have the same curvature.
+_STEP = 1.0  # size of the changes of outputs over which the curvature must be one
 _SAME = 1e-3  # relative difference of second derivatives that float32 may show
 
 
@@ -74,8 +74,8 @@ def noise_kernel_norm(
     max_cache_gib: memory in GiB for what all products share.
 
   Returns:
-    K with its standard error, which is 0 where K is exact or infinite, and the number
-    of products taken.
+    K with its standard error over the probes, which is 0 where K is exact or infinite,
+    and the number of products taken.
 
   Raises:
     ValueError: the loss is not a squared error, or an argument is out of range.
