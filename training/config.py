@@ -44,7 +44,9 @@ class Config:
   task: str = _field(
     'digits_mlp', 'what is trained: a name, a .py file of your own, or package.module'
   )
-  dataset: str = _field('', 'data set by name, for tasks that have several (PROTEINS)')
+  dataset: str = _field(
+    '', 'data set by name (PROTEINS), or the path of your own where a task takes them'
+  )
   model: str = _field('', 'changes to the network, as depth=16,width=2,norm=none')
   optimizer: str = _field('sgd', 'a sharpness-aware method, or a base optimizer alone')
   base_optimizer: str = _field('', 'the base optimizer that follows the method')
