@@ -130,6 +130,7 @@ def _points(
     )
   kinds = [swept.pop(n, [given.pop(n, None)]) for n in ('optimizer', 'rho')]
   points = sweep.points(
+    # The seed of a run in a sweep takes the place of the one that is given.
     lambda **fields: tasks.resolve(task, **{**given, **fields}),
     *kinds,
     flags.seeds,

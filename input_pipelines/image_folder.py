@@ -25,14 +25,14 @@ _TEST_NAMES = ('test', 'val', 'valid', 'validation')
 def load(
   name: str, *, data_dir: str = '', manual_dir: str = '', seed: int = 0, size: int = 32
 ) -> tuple[batching.ArraySplit, batching.ArraySplit, tuple[str, ...]]:
-  """Loads the images of the folder or archive `name` in `manual_dir`.
+  """Loads the images of the folder or archive `name` in `manual_dir`, or anywhere.
 
   Images are cut to their central square and scaled to `size` pixels. A tree without
   train and test folders is split at random 70/30 by `seed`.
 
   Args:
     name: name of the folder, or of the archive without `.tar`, `.tar.gz`, `.tgz` or
-      `.zip`.
+      `.zip`; or the path of either, with at least one `/`.
     data_dir: TFDS folder; by default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
     manual_dir: folder that holds it; by default `downloads/manual` in `data_dir`.
     seed: seed of the split.
@@ -44,6 +44,12 @@ def load(
   Raises:
     DataError: it is not there, or something in it is not as described.
   """
+  if '/' in name:
+    path = pathlib.Path(name)
+    source = sources.own(path, [('',)], lambda path: read(path, size=size))
+    source = source._replace(name=f'{source.name}_{size}')
+    data = sources.load(source, data_dir=data_dir)
+    return *splits(data, seed), data.classes
   if not re.fullmatch(r'\w[\w.+-]*', name, flags=re.ASCII):
     raise DataError(
       f'dataset={name!r}: the name of a folder of images may have letters, digits, '

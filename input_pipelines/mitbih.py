@@ -46,7 +46,9 @@ def load(
       class (from records at random by `seed`, from CSV files as they are); 'paper'
       has of these 641 normal beats for training and 161 for testing and all others,
       19,659; 'inter_patient' trains on the records DS1 and tests on DS2 of de Chazal
-      et al., which have no patient in common.
+      et al., which have no patient in common. Or the path of a folder, with at least
+      one `/`, that holds tables of one's own, `train.csv` and `test.csv` (or
+      `mitbih_train.csv` and `mitbih_test.csv`), split as they are.
     data_dir: TFDS folder; by default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
     manual_dir: folder with the files; by default `downloads/manual` in `data_dir`.
     seed: seed of the split and of the selection.
@@ -57,14 +59,29 @@ def load(
   Raises:
     DataError: the selection, or there is no source, or the data are damaged.
   """
-  if selection not in SELECTIONS:
+  if '/' in selection:
+    data = _load_own(pathlib.Path(selection), data_dir)
+    selection = 'full'
+  elif selection in SELECTIONS:
+    data = load_arrays(data_dir=data_dir, manual_dir=manual_dir)
+  else:
     raise DataError(
       f'dataset={selection!r} is no selection of heartbeats: choose one of '
-      f'{", ".join(SELECTIONS)}.'
+      f'{", ".join(SELECTIONS)}, or give a folder with train.csv and test.csv.'
     )
-  data = load_arrays(data_dir=data_dir, manual_dir=manual_dir)
   train, test = _split(data, selection, np.random.SeedSequence(seed, spawn_key=(0,)))
   return batching.ArraySplit(*train), batching.ArraySplit(*test), data.classes
+
+
+def _load_own(folder: pathlib.Path, data_dir: str) -> LabelledArrays:
+  """The tables of a user's folder."""
+  source = sources.own(folder, [('train.csv', 'test.csv'), _CSV], read)
+  if not any(pathlib.Path(file).exists() for form in source.files for file in form):
+    raise DataError(
+      f'dataset={folder} holds neither train.csv and test.csv nor {_CSV[0]} and '
+      f'{_CSV[1]}: put a pair there.'
+    )
+  return sources.load(source, data_dir=data_dir)
 
 
 def load_arrays(*, data_dir: str = '', manual_dir: str = '') -> LabelledArrays:

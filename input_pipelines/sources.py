@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import os
 import pathlib
+import re
 import shutil
 import socket
 import tempfile
@@ -88,6 +89,34 @@ def load(source: Source, *, data_dir: str = '', manual_dir: str = '') -> Any:
     if _prepared_digest(builder, prepared) != digest:
       return _prepare(source, paths, digest, builder, prepared)
   return _read(builder, prepared)
+
+
+def own(
+  path: pathlib.Path, files: Sequence[tuple[str, ...]], parse: Callable[..., Any]
+) -> Source:
+  """The source of a user's own labelled arrays, which lie where they say.
+
+  Args:
+    path: the folder or file. Its place is part of the name of the prepared set, so that
+      two of one name do not take each other's.
+    files: the forms, as paths below `path` ('' for itself).
+    parse: reads and validates the files, `parse(*paths) -> LabelledArrays`.
+
+  Raises:
+    DataError: there is no such path.
+  """
+  path = path.expanduser().absolute()
+  if not path.exists():
+    raise DataError(f'dataset={path}: there is no such folder or file.')
+  place = hashlib.sha256(str(path).encode()).hexdigest()[:12]
+  word = re.sub(r'\W', '_', path.name, flags=re.ASCII)
+  return Source(
+    name=f'own_{word}_{place}',
+    files=[tuple(str(path / file) for file in form) for form in files],
+    url='',
+    parse=parse,
+    builder='input_pipelines.labelled_arrays_builder',
+  )
 
 
 def _folders(data_dir: str, manual_dir: str) -> tuple[pathlib.Path, pathlib.Path]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import pathlib
 import pkgutil
 import types
 from collections.abc import Mapping
@@ -94,6 +95,9 @@ def resolve(name: str = 'digits_mlp', **overrides: Any) -> training.Config:
   flags = {flag: given.pop(flag) for flag in set(given) - _FIELDS}
   if 'optimizer' in given:
     given['optimizer'] = plugins.absolute(given['optimizer'])
+  folder = pathlib.Path(given.get('dataset', '')).expanduser()
+  if '/' in given.get('dataset', '') and folder.exists():
+    given['dataset'] = str(folder.resolve())  # The same from every folder.
   recipe = _scaled(task, name, given.get('scale', ''))
   config = dataclasses.replace(recipe, **given)
   for field in set(_OPTIONAL) - set(getattr(task, 'HEEDS', _OPTIONAL)):

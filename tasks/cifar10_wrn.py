@@ -4,12 +4,13 @@ python train.py --task=cifar10_wrn --manual_dir=DIR                    SGD
 python train.py --task=cifar10_wrn --manual_dir=DIR --optimizer=asam   ASAM, rho 2
 python train.py --task=cifar10_wrn --manual_dir=DIR \
     --model=depth=16,width=2 --epochs=3                                for a CPU
-python train.py --task=cifar10_wrn --manual_dir=DIR --dataset=pets     own images
+python train.py --task=cifar10_wrn --dataset=/home/me/pets             own images
 
 DIR holds the publisher's archive or a tree of images (input_pipelines/cifar10.py);
-without it the archive is downloaded. Own images are a tree DIR/pets/CLASS/IMAGE, or
-that in a tar or zip, with train and test (or val) folders around the classes; without
-those they are split at random 70/30. Their central squares are scaled to 32 x 32.
+without it the archive is downloaded. Own images are a tree pets/CLASS/IMAGE, or that in
+a tar or zip, with train and test (or val) folders around the classes; without those
+they are split at random 70/30. Their central squares are scaled to 32 x 32. They are
+named by their path, or by their name alone if they lie in DIR.
 
 Recipe: SGD .1, momentum .9, L2 5e-4, batch 128, 50 epochs, label smoothing .1, learning
 rate x0.2 at 30, 60 and 80 % of the epochs; shifts of 4 pixels, mirroring, and Cutout of

@@ -44,7 +44,9 @@ class Config:
   task: str = _field(
     'digits_mlp', 'what is trained: a name, a .py file of your own, or package.module'
   )
-  dataset: str = _field('', 'data set by name, for tasks that have several (PROTEINS)')
+  dataset: str = _field(
+    '', 'data set by name (PROTEINS), or the path of your own where a task takes them'
+  )
   scale: str = _field(
     '', 'another size of the task, where it has one: small is for a CPU'
   )

@@ -181,6 +181,24 @@ def test_tables_keep_their_split(tmp_path):
     mitbih.load('inter_patient', **arguments)
 
 
+@pytest.mark.parametrize('prefix', ['', 'mitbih_'])
+def test_tables_of_ones_own_are_found_by_their_folder(tmp_path, prefix):
+  rows, _ = _tables(tmp_path / 'my beats')
+  for part in ('train', 'test'):
+    path = tmp_path / 'my beats' / f'mitbih_{part}.csv'
+    path.rename(path.with_name(f'{prefix}{part}.csv'))
+  for _ in ('read', 'prepared'):
+    train, test, _ = mitbih.load(str(tmp_path / 'my beats'), data_dir=str(tmp_path))
+    assert (train.num_examples, test.num_examples) == (6, 4)
+    inputs = next(train.batches(6).epoch(0))['inputs']
+    np.testing.assert_allclose(inputs, rows, rtol=1e-6)
+  path.with_name(f'{prefix}test.csv').unlink()
+  with pytest.raises(DataError, match=f'{prefix}test.csv is missing beside'):
+    mitbih.load(str(tmp_path / 'my beats'), data_dir=str(tmp_path))
+  with pytest.raises(DataError, match='holds neither train.csv and test.csv nor'):
+    mitbih.load(str(tmp_path), data_dir=str(tmp_path))
+
+
 BAD_LINES = {
   'narrow': (lambda fields: fields[1:], 'line 2 has 187 fields'),
   'wide': (lambda fields: ['1', *fields], 'line 2 has 189 fields'),

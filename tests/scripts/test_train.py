@@ -138,6 +138,15 @@ def test_other_flags_on_its_workdir_are_refused(finished, capsys):
   assert 'holds a single run' in capsys.readouterr().err
 
 
+def test_seeds_are_counted_from_the_one_that_is_given(tmp_path, monkeypatch):
+  started = []
+  monkeypatch.setattr(
+    train.sweep, 'run', lambda configs, *_, **__: started.extend(configs)
+  )
+  assert _run(f'--workdir={tmp_path}', '--seed=3', '--seeds=2', '--epochs=1,2') == 0
+  assert started == [f'epochs_{n}/seed_{seed}' for n in (1, 2) for seed in (3, 4)]
+
+
 def test_a_sweep_over_another_field(tmp_path):
   flags = ['--optimizer=momentum', '--epochs=1', '--nosharpness', '--batch_size=400']
   assert _run(f'--workdir={tmp_path}', *flags, '--learning_rate=.02,.1') == 0

@@ -83,6 +83,17 @@ def test_a_task_without_a_declared_network_is_checked_when_it_is_built(tmp_path)
   assert isinstance(plugins.load('task', path), types.ModuleType)
 
 
+def test_a_folder_of_ones_own_means_the_same_from_everywhere(tmp_path, monkeypatch):
+  (tmp_path / 'images' / 'pets').mkdir(parents=True)
+  monkeypatch.chdir(tmp_path / 'images')
+  for path in ('./pets', '../images/pets/', str(tmp_path / 'images' / 'pets')):
+    config = tasks.resolve('cifar10_wrn', dataset=path)
+    assert config.dataset == str((tmp_path / 'images' / 'pets').resolve())
+  # Names are left as they are, and so is what is no folder.
+  for name in ('pets', 'owner/pets'):
+    assert tasks.resolve('cifar10_wrn', dataset=name).dataset == name
+
+
 def test_values_of_attributes():
   import models
 
