@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from typing import Any
-
-import numpy as np
 
 from measurements import eigenvalues
 from measurements.context import Context
 from measurements.measurement import Figure, Measurement, at_least, estimate, option
 from sam_jax import curvature, plotting
-
-SPECTRUM = 'spectrum.npz'
-_DENSITY = [field.name for field in dataclasses.fields(curvature.SpectralDensity)]
+from sam_jax.measuring import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,15 +20,6 @@ class Options:
     60, 'Lanczos steps of each probe of the spectral density', at_least(1)
   )
   num_probes: int = option(4, 'random probes of the spectral density', at_least(1))
-
-
-def read_density(path: pathlib.Path) -> curvature.SpectralDensity:
-  """The spectral density in a file `spectrum.npz`."""
-  with np.load(path) as arrays:
-    values = {name: arrays[name] for name in _DENSITY}
-  return curvature.SpectralDensity(
-    **{name: value if value.ndim else value.item() for name, value in values.items()}
-  )
 
 
 def _run(context: Context) -> dict[str, Any]:
@@ -49,13 +35,7 @@ def _run(context: Context) -> dict[str, Any]:
       max_basis_gib=context.options.max_basis_gib,
       check_symmetry=False,
     )
-  np.savez(
-    context.folder / SPECTRUM,
-    eigenvalues=pairs.eigenvalues,
-    residuals=pairs.residuals,
-    converged=pairs.converged,
-    **dataclasses.asdict(density),
-  )
+  files.save_spectrum(context.folder / files.SPECTRUM, pairs, density)
   return estimate('squared_frobenius_norm', density.moment(2))
 
 
@@ -65,6 +45,11 @@ MEASUREMENT = Measurement(
   needs=('eigenvalues',),
   order=40,
   figures=(
-    Figure('spectral_density.png', SPECTRUM, read_density, plotting.spectral_density),
+    Figure(
+      files.DENSITY_FIGURE,
+      files.SPECTRUM,
+      files.read_density,
+      plotting.spectral_density,
+    ),
   ),
 )

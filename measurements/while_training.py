@@ -7,11 +7,12 @@ import pathlib
 from typing import Any
 
 from measurements import registry
-from measurements.context import Context, plain
+from measurements.context import Context
 from measurements.measurement import Measurement
 from measurements.network import Network
 from measurements.objective import Objective, width
 from sam_jax import curvature
+from sam_jax.measuring.entries import plain
 from training.config import Config
 from training.errors import TrainingDiverged, UsageError
 from training.problem import Problem
