@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -12,13 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from measurements import network as network_lib
 from measurements.files import Part, Parts
 from measurements.network import Network
 from measurements.objective import Objective, cast
 from sam_jax import curvature
+from sam_jax.measuring.entries import plain
 from training import problem as problem_lib
 from training.errors import UsageError
 from training.problem import Batch
@@ -257,16 +256,3 @@ class Context:
       'seconds': sum(seconds.values()),
       'seconds_by_part': seconds,
     }
-
-
-def plain(value: Any) -> Any:
-  """NumPy numbers as Python's, and what is not finite as null, for JSON."""
-  if isinstance(value, dict):
-    return {key: plain(item) for key, item in value.items()}
-  if isinstance(value, list):
-    return [plain(item) for item in value]
-  if isinstance(value, np.generic):
-    value = value.item()
-  if isinstance(value, float) and not math.isfinite(value):
-    return None
-  return value

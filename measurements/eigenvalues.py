@@ -26,10 +26,9 @@ from measurements.objective import (
 )
 from measurements.registry import Shared
 from sam_jax import curvature
+from sam_jax.measuring import entries
 from training.errors import UsageError
 from training.problem import Problem
-
-_RESAMPLES = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,46 +89,6 @@ def pairs_of(context: Context) -> curvature.Eigenpairs:
   return context.part('eigenpairs', search)
 
 
-def extremes(pairs: curvature.Eigenpairs, k: int, size: int) -> dict[str, Any]:
-  """Eigenpairs of both ends as entries of a summary.
-
-  Args:
-    pairs: the largest k and the smallest k, descending.
-    k: how many at each end were asked for.
-    size: how many eigenvalues there are.
-  """
-  entries = [
-    {'eigenvalue': value, 'residual': residual, 'converged': converged}
-    for value, residual, converged in zip(
-      pairs.eigenvalues, pairs.residuals, pairs.converged, strict=True
-    )
-  ]
-  values = pairs.eigenvalues
-  fifth = min(k, len(values)) >= 5
-  return {
-    'lambda_max': values[0],
-    'lambda_max_residual': pairs.residuals[0],
-    'lambda_max_converged': pairs.converged[0],
-    'lambda_min': values[-1],
-    'lambda_min_residual': pairs.residuals[-1],
-    'top': entries[:k],
-    'bottom': entries[-k:],
-    # Fewer pairs than asked for are there if the products ran out before.
-    'all_converged': pairs.converged.all() and len(values) >= min(2 * k, size),
-    'no_copies_missed': pairs.verified,
-    'lambda_max_over_abs_lambda_min': _over(values[0], values[-1], pairs.residuals[-1]),
-    'lambda_1_over_lambda_5': (
-      _over(values[0], values[4], pairs.residuals[4]) if fifth else None
-    ),
-  }
-
-
-def _over(numerator: float, denominator: float, residual: float) -> float | None:
-  """A ratio to an eigenvalue's size; None where that is 0 within its residual."""
-  size = abs(denominator)
-  return float(numerator / size) if size > residual else None
-
-
 def _check(context: Context) -> None:
   size = context.operator.size
   if context.options.top_k > size:
@@ -141,7 +100,7 @@ def _check(context: Context) -> None:
 def _run(context: Context) -> dict[str, Any]:
   pairs = pairs_of(context)
   return {
-    **extremes(pairs, context.options.top_k, context.operator.size),
+    **entries.extremes(pairs, context.options.top_k, context.operator.size),
     **_over_examples(context, pairs),
   }
 
@@ -149,11 +108,7 @@ def _run(context: Context) -> dict[str, Any]:
 def _over_examples(
   context: Context, pairs: curvature.Eigenpairs
 ) -> dict[str, float | None]:
-  """Bootstrap standard errors over examples, the eigenvectors held fixed.
-
-  To first order the eigenvalue of a resample is the mean of what its examples add to
-  v . A v.
-  """
+  """Bootstrap standard errors over examples, the eigenvectors held fixed."""
   values = []
   for index in (0, -1):
     direction = context.direction(pairs.eigenvectors[index])
@@ -162,28 +117,7 @@ def _over_examples(
       for batch in context.batches
     ]
     values.append(of_examples(parts, context.batches))
-  tops, bottoms = _resampled_means(np.stack(values), context.options.seed)
-  with np.errstate(divide='ignore', invalid='ignore'):
-    ratio = tops / np.abs(bottoms)
-  return {
-    'lambda_max_standard_error': tops.std(ddof=1),
-    'lambda_min_standard_error': bottoms.std(ddof=1),
-    # Half the middle 68 %: a lambda_min that may be 0 leaves no standard deviation.
-    'lambda_max_over_abs_lambda_min_standard_error': np.subtract(
-      *np.quantile(ratio, (0.84, 0.16))
-    )
-    / 2,
-  }
-
-
-def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
-  """Means of (r, n) values over resamples of the n with repetition, (r, resamples)."""
-  rng = np.random.default_rng(seed)
-  count = values.shape[1]
-  return np.stack(
-    [values[:, rng.integers(count, size=count)].mean(1) for _ in range(_RESAMPLES)],
-    axis=1,
-  )
+  return entries.extremes_errors(np.stack(values), None, context.options.seed)
 
 
 def _columns(summary: Summary) -> list[Column]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
 from measurements.context import Context
 from measurements.measurement import Column, Measurement, Summary
 from measurements.objective import SPLITS, example_scores, of_examples
+from sam_jax.measuring.entries import mean_with_error
 
 # Summaries of earlier versions, which do not name their score, hold accuracies.
 _ACCURACY = {'name': 'accuracy', 'label': 'accuracy', 'scale': 100, 'unit': '%'}
@@ -42,20 +41,13 @@ def _evaluation(context: Context) -> dict[str, Any]:
       ('loss', score.name), zip(*parts, strict=True), strict=True
     ):
       values = of_examples(values, batches)
-      result[f'{split}_{name}'] = float(values.mean())
-      result[f'{split}_{name}_standard_error'] = _standard_error(values)
+      result |= mean_with_error(f'{split}_{name}', values)
   result['generalization_gap'] = result['test_loss'] - result['train_loss']
   result['generalization_gap_standard_error'] = math.hypot(
     *(result[f'{split}_loss_standard_error'] for split in SPLITS)
   )
   named = {name: getattr(score, name) for name in _ACCURACY}
   return {**result, 'score': named}
-
-
-def _standard_error(values: np.ndarray) -> float:
-  """That of the mean of (n,) values; 0 for a single one."""
-  count = len(values)
-  return float(values.std(ddof=1) / np.sqrt(count)) if count > 1 else 0.0
 
 
 def _hook(context: Context) -> dict[str, Any]:

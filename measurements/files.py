@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from sam_jax import curvature
-from training.config import write_json
+from sam_jax.measuring.files import REPORT as REPORT
+from sam_jax.measuring.files import SUMMARY as SUMMARY
+from sam_jax.measuring.files import write_json
 from training.errors import UsageError
 
 FOLDER = 'hessian'
-SUMMARY, REPORT = 'summary.json', 'report.html'
 _PARTIAL, _LOCK = 'partial', '.lock'
 
 

@@ -21,10 +21,11 @@ from measurements.measurement import (
 )
 from measurements.objective import cast
 from sam_jax import landscape, layouts, plotting
+from sam_jax.measuring.files import LANDSCAPE, LANDSCAPE_FIGURE
 from training import problem as problem_lib
 from training.errors import UsageError
 
-LANDSCAPE, VTK = 'landscape.npz', 'landscape.vtk'
+VTK = 'landscape.vtk'
 _FEWEST_CHECKPOINTS = 3
 # A trajectory is drawn with this share of its extent around it.
 _MARGIN = 0.25
@@ -207,7 +208,7 @@ MEASUREMENT = Measurement(
   switch='landscape_points',
   check=_check,
   figures=(
-    Figure('landscape.png', LANDSCAPE, landscape.load, _contour),
+    Figure(LANDSCAPE_FIGURE, LANDSCAPE, landscape.load, _contour),
     Figure('landscape_surface.png', LANDSCAPE, landscape.load, _surface, single=False),
   ),
   files=(VTK,),

@@ -8,11 +8,16 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sam_jax.measuring.entries import estimate as estimate
+from sam_jax.measuring.page import Rows as Rows
+from sam_jax.measuring.page import Section as Section
+from sam_jax.measuring.page import number as number
+from sam_jax.measuring.page import with_error as with_error
+
 if TYPE_CHECKING:
   from measurements.context import Context
 
 Summary = Mapping[str, Any]
-Rows = list[list[str]]  # the headings first
 
 
 class Column(NamedTuple):
@@ -29,14 +34,6 @@ class Column(NamedTuple):
   heading: str
   path: tuple[str, ...]
   scale: float = 1.0
-
-
-class Section(NamedTuple):
-  """A table of its own with what is to be said of it."""
-
-  heading: str
-  rows: Rows
-  text: str
 
 
 class Figure(NamedTuple):
@@ -145,26 +142,8 @@ def points(value: int) -> str:
   return '' if good else f'must be 0, or at least 2 and at most {most}'
 
 
-def estimate(name: str, found: Any) -> dict[str, Any]:
-  """A `curvature.Estimate` as entries of the summary; None is not measured."""
-  return {
-    name: found and found.value,
-    f'{name}_standard_error': found and found.standard_error,
-  }
-
-
 def entry(summary: Summary, path: Sequence[str]) -> Any:
   """What stands at a path in a summary; None if it was not measured."""
   for name in path:
     summary = (summary or {}).get(name)
   return summary
-
-
-def number(value: float | None, form: str = '.4g') -> str:
-  """A number for a table, '-' for none."""
-  return '-' if value is None else format(value, form)
-
-
-def with_error(value: float | None, error: float | None, form: str = '.4g') -> str:
-  """A number and how far it is sure to."""
-  return number(value, form) + ('' if error is None else f' ± {error:.2g}')

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from measurements import eigenvalues
 from measurements.context import Context
 from measurements.measurement import (
   Measurement,
@@ -18,6 +17,7 @@ from measurements.measurement import (
   number,
   option,
 )
+from sam_jax.measuring import entries
 from training import problem as problem_lib
 
 
@@ -48,7 +48,7 @@ def _run(context: Context) -> dict[str, Any]:
     pairs = context.search(
       f'one_batch_{index}', operator, 1, 'both', title, verify=False
     )
-    found.append(eigenvalues.extremes(pairs, 1, operator.size))
+    found.append(entries.extremes(pairs, 1, operator.size))
   return {'one_batch': _over_batches(found, size) if found else None}
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from typing import Any
-
-import numpy as np
 
 from measurements import eigenvalues
 from measurements.context import Context
@@ -19,9 +16,7 @@ from measurements.measurement import (
   option,
 )
 from sam_jax import curvature, plotting
-
-SPECTRUM = 'spectrum.npz'
-_DENSITY = [field.name for field in dataclasses.fields(curvature.SpectralDensity)]
+from sam_jax.measuring import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +34,6 @@ class Options:
   )
 
 
-def read_density(path: pathlib.Path) -> curvature.SpectralDensity:
-  """The spectral density in a file `spectrum.npz`."""
-  with np.load(path) as arrays:
-    values = {name: arrays[name] for name in _DENSITY}
-  return curvature.SpectralDensity(
-    **{name: value if value.ndim else value.item() for name, value in values.items()}
-  )
-
-
 def _run(context: Context) -> dict[str, Any]:
   context.show('spectral density')
   pairs = eigenvalues.pairs_of(context)
@@ -61,13 +47,7 @@ def _run(context: Context) -> dict[str, Any]:
       max_basis_gib=context.options.max_basis_gib,
       check_symmetry=False,
     )
-  np.savez(
-    context.folder / SPECTRUM,
-    eigenvalues=pairs.eigenvalues,
-    residuals=pairs.residuals,
-    converged=pairs.converged,
-    **dataclasses.asdict(density),
-  )
+  files.save_spectrum(context.folder / files.SPECTRUM, pairs, density)
   return estimate('squared_frobenius_norm', density.moment(2))
 
 
@@ -77,6 +57,11 @@ MEASUREMENT = Measurement(
   needs=('eigenvalues',),
   order=40,
   figures=(
-    Figure('spectral_density.png', SPECTRUM, read_density, plotting.spectral_density),
+    Figure(
+      files.DENSITY_FIGURE,
+      files.SPECTRUM,
+      files.read_density,
+      plotting.spectral_density,
+    ),
   ),
 )

@@ -6,11 +6,12 @@ import dataclasses
 import pathlib
 
 from measurements import edges, registry
-from measurements.context import Context, plain
+from measurements.context import Context
 from measurements.measurement import Measurement
 from measurements.network import Network
 from measurements.objective import Objective, width
 from sam_jax import curvature
+from sam_jax.measuring.entries import plain
 from training import hooks as hooks_lib
 from training.config import Config
 from training.errors import TrainingDiverged, UsageError

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import measurements
 from measurements import files
 from measurements.measurement import Column, Rows, Section, Summary, entry, number
-from reports import page
+from sam_jax.measuring import page
 from training import config as config_lib
 from training.config import Config
 from training.errors import UsageError

@@ -9,7 +9,7 @@ from typing import Any
 import measurements
 from measurements.evaluation import score_heading, score_of
 from measurements.measurement import Rows, Summary, number, with_error
-from reports import page
+from sam_jax.measuring import page
 from training import config as config_lib
 
 RESULTS, FIGURE = 'over_training.json', 'over_training.png'

@@ -6,8 +6,8 @@ import json
 import pathlib
 from typing import Any
 
-from measurements.measurement import Rows
-from reports import page
+from sam_jax.measuring import page
+from sam_jax.measuring.page import Rows
 
 RESULTS, TABLE, FIGURE = 'sweep.json', 'sweep.md', 'sweep.png'
 # Sweeps of earlier versions, which do not name their score, hold accuracies.

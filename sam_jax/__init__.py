@@ -11,6 +11,7 @@ from sam_jax import probes as probes
 from sam_jax import sharpness as sharpness
 from sam_jax.chains import check as check
 from sam_jax.curvature import hvp as hvp
+from sam_jax.measuring.one_call import measure as measure
 from sam_jax.methods._esam import esam as esam
 from sam_jax.methods._friendly_sam import friendly_sam as friendly_sam
 from sam_jax.methods._graphsam import graphsam as graphsam

@@ -12,6 +12,7 @@ import pathlib
 import platform
 from typing import IO, Any
 
+from sam_jax.measuring.files import write_json as write_json
 from training import migration
 from training.errors import UsageError
 
@@ -387,13 +388,3 @@ def differences(old: Config, new: Config) -> list[str]:
     if not field.metadata['may_change']
     and getattr(old, field.name) != getattr(new, field.name)
   ]
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes JSON so that a reader finds the old file or the new one, never half."""
-  temporary = path.with_name(f'{path.name}.tmp')
-  with open(temporary, 'w') as file:
-    file.write(json.dumps(value, indent=2) + '\n')
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)

@@ -8,8 +8,9 @@ import pytest
 
 import measurements
 import training
-from measurements import context, eigenvalues, one_batch, spectral_density
+from measurements import context, one_batch
 from sam_jax import curvature
+from sam_jax.measuring import entries, files
 from training import problem as problem_lib
 
 
@@ -72,7 +73,7 @@ def test_a_ratio_to_what_may_be_zero_is_not_told():
       num_matvecs=3,
       verified=False,
     )
-    return eigenvalues.extremes(pairs, 1, 10)
+    return entries.extremes(pairs, 1, 10)
 
   def told(*found):
     return context.plain(one_batch._over_batches(list(found), 8))
@@ -134,7 +135,7 @@ def test_files_are_whole_and_what_was_measured_is_read(network, options, measure
   before = (folder / 'spectrum.npz').stat().st_mtime_ns
   assert measurements.measure(network, folder, options) == summary
   assert (folder / 'spectrum.npz').stat().st_mtime_ns == before
-  density = spectral_density.read_density(folder / 'spectrum.npz')
+  density = files.read_density(folder / 'spectrum.npz')
   assert density.size == summary['num_parameters'] == 91
   np.testing.assert_allclose(density.weights.sum(1), 1 - 10 / 91)
 

@@ -20,7 +20,7 @@ MAY_IMPORT = {
   'input_pipelines': set(),
   'training': {'sam_jax'},
   'measurements': {'sam_jax', 'training'},
-  'reports': {'measurements', 'training'},
+  'reports': {'sam_jax', 'measurements', 'training'},
   'tasks': {'sam_jax', 'models', 'input_pipelines', 'training'},
   'train': OURS - {'eval_hessian'},
   'eval_hessian': OURS - {'train'},

@@ -6,8 +6,9 @@ import base64
 import html as html_lib
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from measurements.measurement import Rows, Section
+Rows = list[list[str]]  # the headings first
 
 _WIDEST = 6  # columns of a table with a single row
 
@@ -23,6 +24,24 @@ th { border-bottom: 1.5px solid #1b1b1b; font-weight: 600; }
 td { border-bottom: 1px solid #ddd; }
 p { max-width: 48rem; } img { max-width: 100%; }
 """
+
+
+class Section(NamedTuple):
+  """A table of its own with what is to be said of it."""
+
+  heading: str
+  rows: Rows
+  text: str
+
+
+def number(value: float | None, form: str = '.4g') -> str:
+  """A number for a table, '-' for none."""
+  return '-' if value is None else format(value, form)
+
+
+def with_error(value: float | None, error: float | None, form: str = '.4g') -> str:
+  """A number and how far it is sure to."""
+  return number(value, form) + ('' if error is None else f' ± {error:.2g}')
 
 
 def markdown_table(rows: Rows) -> str:

@@ -1,0 +1,1 @@
+"""A network measured in one call: summary, files, figures and report."""
