@@ -201,6 +201,9 @@ w = jnp.ones(2)
 updates, _ = tx.update(jax.grad(loss)(w), tx.init(w), w, grad_fn=jax.grad(loss))
 assert updates.shape == (2,)
 assert sam_jax.hvp(loss, w, w).tolist() == [12.0, 12.0]
+found = sam_jax.measure(lambda w, x: x.mean() * loss(w), w, [jnp.ones(3)], 'out',
+                        k=1, landscape_points=2, figures=False)
+assert abs(found['lambda_max'] - 12) < 1e-3
 print('runs')
 """
   done = subprocess.run(
