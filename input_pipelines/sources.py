@@ -133,6 +133,9 @@ def _present(source: Source, manual_dir: pathlib.Path) -> list[pathlib.Path]:
   for form in source.files:
     paths = [manual_dir / file for file in form]
     there = [path.exists() for path in paths]
+    for path in paths:  # A pipe would wait for ever, a device never end.
+      if path.exists() and not (path.is_file() or path.is_dir()):
+        raise DataError(f'{path} is a pipe or a device, not a file: remove it.')
     if all(there):
       return paths
     if any(there):

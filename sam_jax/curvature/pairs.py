@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam_jax import npz
 from sam_jax.curvature import basis as basis_lib
 
 _LEAF = 'eigenvectors_{}'  # name of the leaves of that number in a file
@@ -95,7 +96,9 @@ def load_eigenpairs(path: str | os.PathLike[str], like: Any) -> Eigenpairs:
     The eigenpairs, bit for bit; to draw along, or a warm start for `eigenpairs`.
 
   Raises:
-    ValueError: the eigenvectors in the file do not have the shapes of ``like``.
+    FileNotFoundError: there is no such file.
+    ValueError: it is no such file, or its eigenvectors do not have the shapes of
+      ``like``.
 
   >>> import os, tempfile
   >>> import jax.numpy as jnp
@@ -108,7 +111,7 @@ def load_eigenpairs(path: str | os.PathLike[str], like: Any) -> Eigenpairs:
   [2.0, 2.0]
   """
   layout = basis_lib.Layout.of(like)
-  with np.load(path) as arrays:
+  with npz.read(path, (*_SAVED,), 'Eigenpairs.save') as arrays:
     names = [name for name in arrays.files if name not in _SAVED]
     stacks = [arrays[_LEAF.format(index)] for index in range(len(names))]
     saved = {name: arrays[name] for name in _SAVED}

@@ -176,12 +176,18 @@ def mean_product(
 
 
 def leading_dimension(batch: Batch) -> int:
-  """The leading dimension of the first leaf, the number of examples of a batch."""
+  """The leading dimension of a batch's leaves, its number of examples."""
   leaves = jax.tree.leaves(batch)
   if not leaves or not np.ndim(leaves[0]):
     raise ValueError(
       'the first leaf of a batch has no leading dimension: pass weight= with the '
       'number of examples of a batch'
+    )
+  lengths = {np.shape(leaf)[0] for leaf in leaves if np.ndim(leaf)}
+  if len(lengths) > 1:
+    raise ValueError(
+      f'the arrays of a batch have the leading dimensions {sorted(lengths)}: mend the '
+      'batch, or pass weight= with its number of examples'
     )
   return np.shape(leaves[0])[0]
 

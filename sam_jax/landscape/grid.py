@@ -51,13 +51,16 @@ def line(
   Returns:
     The landscape, ``loss`` of shape (nx,).
 
+  Raises:
+    ValueError: ``x`` is empty, no vector, or not finite.
+
   >>> import jax.numpy as jnp
   >>> loss = lambda w, batch: jnp.mean(batch) * w ** 2
   >>> result = line(loss, jnp.float32(1), jnp.float32(1), [-1., 0., 1.], [jnp.ones(4)])
   >>> result.loss.tolist()
   [0.0, 1.0, 4.0]
   """
-  x = np.asarray(x, np.float64)
+  x = axis('x', x)
   plane = _Plane(loss_fn, params, (direction,), x[:, None])
   loss = plane.evaluate(batches, weight, record, devices, progress)
   return Landscape(x=x, y=None, loss=loss, labels=(label,))
@@ -109,6 +112,9 @@ def surface(
   Returns:
     The landscape, ``loss`` of shape (ny, nx).
 
+  Raises:
+    ValueError: ``x`` or ``y`` is empty, no vector, or not finite.
+
   >>> import jax.numpy as jnp
   >>> loss = lambda w, batch: jnp.mean(batch) * w['a'] ** 2 + w['b']
   >>> params = {'a': jnp.float32(0), 'b': jnp.float32(0)}
@@ -119,10 +125,24 @@ def surface(
   >>> result.loss.tolist()
   [[0.0, 1.0], [2.0, 3.0]]
   """
-  x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+  x, y = axis('x', x), axis('y', y)
   plane = _Plane(loss_fn, params, directions, points(x, y))
   loss = plane.evaluate(batches, weight, record, devices, progress)
   return Landscape(x=x, y=y, loss=loss.reshape(len(y), len(x)), labels=tuple(labels))
+
+
+def axis(name: str, values: Sequence[float] | np.ndarray) -> np.ndarray:
+  """The coordinates along a direction, float64 (n,).
+
+  Raises:
+    ValueError: there are none, they are no vector, or not finite.
+  """
+  values = np.asarray(values, np.float64)
+  if values.ndim != 1 or not values.size or not np.isfinite(values).all():
+    raise ValueError(
+      f'{name} must be a vector of finite coordinates, at least one, got {values}'
+    )
+  return values
 
 
 def points(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -78,7 +78,7 @@ def eigen_ratio(
   References:
     Li et al., Visualizing the loss landscape of neural nets, arXiv 1712.09913, fig. 6.
   """
-  x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+  x, y = grid.axis('x', x), grid.axis('y', y)
   coordinates = grid.points(x, y)
   if isinstance(batches, list | tuple | Iterator):
     batches = [jax.device_put(batch) for batch in batches]

@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 
+from sam_jax import npz
 from sam_jax.landscape import vtk
 
 
@@ -78,13 +79,17 @@ class Landscape:
 def load(path: str | os.PathLike[str]) -> Landscape:
   """Reads a landscape that `Landscape.save` wrote, of this version or an older one.
 
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is no such file.
+
   >>> import numpy as np, tempfile
   >>> with tempfile.TemporaryDirectory() as folder:
   ...   Landscape(np.arange(2.), None, np.ones(2)).save(f'{folder}/line.npz')
   ...   load(f'{folder}/line.npz').loss.tolist()
   [1.0, 1.0]
   """
-  with np.load(path) as arrays:
+  with npz.read(path, ('x', 'loss', 'labels'), 'Landscape.save') as arrays:
     return Landscape(
       x=arrays['x'],
       y=arrays.get('y'),

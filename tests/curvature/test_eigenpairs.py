@@ -240,3 +240,16 @@ def test_the_scale_of_the_operator_does_not_matter(scale):
   result = curvature.eigenpairs(curvature.operator(lambda v: values * v, values), 1)
   np.testing.assert_allclose(result.eigenvalues, [5 * scale, -2 * scale], rtol=1e-4)
   assert result.converged.all()
+
+
+@pytest.mark.parametrize('content', [b'hello', b'PK\x03\x04', b'', None])
+def test_a_file_of_another_kind_is_no_eigenpairs(tmp_path, content):
+  path = tmp_path / 'pairs.npz'
+  if content is None:
+    np.savez(path, something=np.ones(3))
+  else:
+    path.write_bytes(content)
+  with pytest.raises(ValueError, match='pairs.npz is damaged, or no file that Eigen'):
+    curvature.load_eigenpairs(path, jnp.zeros(3))
+  with pytest.raises(FileNotFoundError):
+    curvature.load_eigenpairs(tmp_path / 'none.npz', jnp.zeros(3))

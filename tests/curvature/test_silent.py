@@ -281,3 +281,22 @@ def test_rounding_is_not_taken_for_asymmetry(scale):
   for candidate in (operator, _operator(scale * np.repeat([1.0, 2.0, 5.0], 20))):
     curvature.eigenpairs(candidate, 2, max_basis_size=14, max_num_matvecs=80)
     curvature.spectral_density(candidate, 20, 1)
+
+
+def test_arrays_of_a_batch_that_differ_in_length_need_a_weight():
+  loss = lambda w, batch: jnp.mean(w * batch['x'].sum()) + batch['y'].sum()
+  batches = [{'x': jnp.ones((4, 2)), 'y': jnp.ones(3)}]
+  with pytest.raises(ValueError, match=r'leading dimensions \[3, 4\]: mend the batch'):
+    curvature.hessian(loss, jnp.ones(()), batches)
+  assert curvature.hessian(loss, jnp.ones(()), batches, weight=lambda b: 4).size == 1
+
+
+@pytest.mark.parametrize('x', [[], [0.0, np.nan], [[0.0, 1.0]], [np.inf]])
+def test_axes_that_are_none_are_refused(x):
+  loss = lambda w, batch: (w * batch).sum()
+  at = jnp.ones(2)
+  with pytest.raises(ValueError, match='x must be a vector of finite coordinates'):
+    sam_jax.landscape.line(loss, at, at, x, [jnp.ones(2)])
+  for make in (sam_jax.landscape.surface, sam_jax.landscape.eigen_ratio):
+    with pytest.raises(ValueError, match='y must be a vector of finite coordinates'):
+      make(loss, at, (at, at), [0.0], x, [jnp.ones(2)])

@@ -236,6 +236,26 @@ def test_only_regular_files_are_read_as_images(tmp_path, kind):
     signal.alarm(limit)
 
 
+@pytest.mark.parametrize(
+  ('task', 'names'),
+  [
+    ('mitbih_attention', ('mitbih_train.csv', 'mitbih_test.csv')),
+    ('cifar10_wrn', ('cifar-10-binary.tar.gz',)),
+    ('mutagenicity_gcn', ('Mutagenicity.zip',)),
+  ],
+)
+def test_a_pipe_in_place_of_an_archive(tmp_path, capsys, task, names):
+  for name in names:
+    os.mkfifo(tmp_path / name)
+  flags = [f'--manual_dir={tmp_path}', f'--data_dir={tmp_path / "prepared"}']
+  limit = signal.alarm(60)  # Ends the test where it would hang.
+  try:
+    assert _train(f'--task={task}', f'--workdir={tmp_path / "run"}', *flags) == 2
+  finally:
+    signal.alarm(limit)
+  assert f'{names[0]} is a pipe or a device' in _sentence(capsys)
+
+
 def test_a_coordinator_that_is_not_there(monkeypatch, capsys):
   monkeypatch.setattr(parallel, '_PATIENCE', 0.5)
   with socket.socket() as free:
