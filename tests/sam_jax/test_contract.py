@@ -402,11 +402,10 @@ def test_zero_gradient_is_finite(case):
   assert all(np.all(np.isfinite(as_numpy(x))) for x in jax.tree.leaves(state))
 
 
-@each_method
-def test_bfloat16(case):
-  """Gradients are taken at float32 points; updates and parameters stay bfloat16."""
-  params = init_params(jnp.bfloat16)
-  batch = example_batch(jnp.bfloat16)
+def assert_half_precision(case, dtype):
+  """Gradients are taken at float32 points; updates and parameters stay as they were."""
+  params = init_params(dtype)
+  batch = example_batch(dtype)
   seen = []
 
   def spy(params, batch):
@@ -421,10 +420,33 @@ def test_bfloat16(case):
     seen.append(
       {x.dtype for x in jax.tree.leaves(sam_jax.gradient_point(state, params))}
     )
-  assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
+  assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
   assert {jnp.dtype(jnp.float32)} in seen
   assert spec(state) == spec(tx.init(params))
   assert optax.tree.get(state, 'gradient_norm').dtype == jnp.float32
+
+
+@each_method
+def test_bfloat16(case):
+  assert_half_precision(case, jnp.bfloat16)
+
+
+@each_kind
+def test_float16(case):
+  assert_half_precision(case, jnp.float16)
+
+
+@each_method
+def test_map_params_tells_trees_of_parameters_from_the_rest(case):
+  tx, _, _, opt_state = compiled_step(case)
+  kinds = optax.tree.map_params(
+    tx, lambda leaf: 'parameter', opt_state, transform_non_params=lambda leaf: 'other'
+  )
+  shapes = {leaf.shape for leaf in jax.tree.leaves(init_params())}
+  for leaf, kind in zip(
+    jax.tree.leaves(opt_state), jax.tree.leaves(kinds), strict=True
+  ):
+    assert kind == ('parameter' if leaf.shape in shapes else 'other'), leaf.shape
 
 
 @each_method
