@@ -165,7 +165,8 @@ def layerwise() -> optax.GradientTransformationExtraArgs:
         'layerwise perturbations scale with the parameters: call '
         'update(grads, state, params).'
       )
-    return jax.tree.map(lambda g, w: on_sphere(g, norm(w)), updates, params)
+    # Of unit norm first: |w| times a large entry of g would overflow.
+    return jax.tree.map(lambda g, w: scale_tree(on_sphere(g), norm(w)), updates, params)
 
   return _stateless(update_fn)
 
