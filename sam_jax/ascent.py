@@ -215,6 +215,20 @@ def check_method_state(state: Any, wrapper: str) -> None:
     )
 
 
+def unit_perturbation(
+  perturbation: optax.GradientTransformation | None,
+) -> optax.GradientTransformationExtraArgs:
+  """The perturbation that a method was given, or that of SAM.
+
+  Raises:
+    TypeError: it is no transformation.
+  """
+  if perturbation is None:
+    return perturbations.global_norm()
+  check_transformation(perturbation, 'perturbation')
+  return optax.with_extra_args_support(perturbation)
+
+
 def static_int(name: str, value: int | None, default: int) -> int:
   """A number of repetitions, which has to be known while tracing.
 

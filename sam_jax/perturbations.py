@@ -123,6 +123,54 @@ def adaptive(
   return _stateless(update_fn)
 
 
+def layerwise() -> optax.GradientTransformationExtraArgs:
+  r"""Moves every leaf by the same share of its own norm, as Look-LayerSAM does.
+
+  .. math:: \hat\epsilon_l = \frac{\|w_l\|_2}{\|g_l\|_2} \, g_l
+
+  for every leaf l, a weight matrix or a bias, with the trust ratio by which LARS and
+  LAMB scale an update. :math:`\|\hat\epsilon_l\| = \|w_l\|`, so that the ``rho`` of
+  the method is the length of the step relative to the leaf: 0.01 moves each leaf by one
+  hundredth of its norm. ``optax.chain(layerwise(), global_norm())`` has unit norm over
+  the whole tree and shares it out in proportion to :math:`\|w_l\|`.
+
+  A leaf whose gradient is zero is not perturbed, nor is a leaf of zeros: its trust
+  ratio is 0, where that of LAMB would be 1. Bounds on the ratio, which some codes have,
+  are left out.
+
+  Returns:
+    A stateless transformation; its ``update`` requires ``params``. Norms are taken in
+    at least float32 and neither overflow nor underflow.
+
+  Raises:
+    ValueError: ``update`` is called without ``params``.
+
+  >>> import jax.numpy as jnp, sam_jax
+  >>> p = sam_jax.perturbations.layerwise()
+  >>> w = {'a': jnp.array([0.0, 10.0]), 'b': jnp.array([2.0])}
+  >>> g = {'a': jnp.array([3.0, 4.0]), 'b': jnp.array([-0.1])}
+  >>> eps, _ = p.update(g, p.init(w), w)
+  >>> [[round(float(x), 4) for x in eps[name]] for name in 'ab']
+  [[6.0, 8.0], [-2.0]]
+
+  References:
+    Liu et al., Towards Efficient and Scalable Sharpness-Aware Minimization, 2022, on
+    Look-LayerSAM (arXiv:2203.02714).
+  """
+
+  def update_fn(updates, params=None, **extra_args):
+    del extra_args
+    if params is None:
+      raise ValueError(
+        'layerwise perturbations scale with the parameters: call '
+        'update(grads, state, params).'
+      )
+    # Of unit norm first: |w| times a large entry of g would overflow.
+    return jax.tree.map(lambda g, w: scale_tree(on_sphere(g), norm(w)), updates, params)
+
+  return _stateless(update_fn)
+
+
 def unnormalized() -> optax.GradientTransformationExtraArgs:
   r"""Leaves the gradient as it is, as USAM does: :math:`\hat\epsilon = g`.
 

@@ -13,13 +13,14 @@ from sam_jax.methods._declare import Bounds, Radius, method
 
 
 class EsamState(NamedTuple):
-  """State of `esam`: the record, and the typed key of the weight masks."""
+  """State of `esam`: the record, the typed key of the masks, the perturbation's."""
 
   count: jax.Array
   rho: jax.Array
   gradient_norm: jax.Array
   perturbed_loss: jax.Array
   key: jax.Array
+  perturbation: optax.OptState
 
   chooses_examples = True
 
@@ -31,6 +32,7 @@ def esam(
   gamma: Annotated[float, Bounds(above=0, most=1)] = 0.5,
   *,
   key: jax.Array | int = 0,
+  perturbation: optax.GradientTransformation | None = None,
   axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Efficient SAM: stochastic weight perturbation, sharpness-sensitive examples.
@@ -56,6 +58,11 @@ def esam(
     beta: share of the weights that is perturbed, above 0 and at most 1.
     gamma: share of the examples that is kept, above 0 and at most 1.
     key: a typed key or a seed; it lives in the state.
+    perturbation: makes eps-hat at unit radius of the whole gradient, in place of
+      :math:`g / \|g\|`; the mask b and its factor 1 / beta are applied to the result,
+      so that norms inside it are those without a mask. It receives the parameters and
+      the extra arguments that esam itself has no use for. `perturbations.global_norm`
+      unless given.
     axis_name: the mapped axis, over which the recorded norm and loss are averaged; all
       replicas draw the same mask.
 
@@ -87,10 +94,12 @@ def esam(
   for name, share in (('beta', beta), ('gamma', gamma)):
     if isinstance(share, (int, float)) and not 0 < share <= 1:
       raise ValueError(f'{name} must be in (0, 1], got {share}: it is a share.')
-  unit = perturbations.global_norm()
+  perturbation = ascent.unit_perturbation(perturbation)
 
   def init_fn(params):
-    return EsamState(*ascent.init_record(params), probes.typed_key(key))
+    record = ascent.init_record(params)
+    inner = perturbation.init(perturbations.at_least_float32(params))
+    return EsamState(*record, probes.typed_key(key), inner)
 
   def update_fn(
     updates,
@@ -104,15 +113,17 @@ def esam(
     example_weights=None,
     **extra_args,
   ):
-    del extra_args
     if not callable(example_losses_fn):
       raise ValueError('esam requires example_losses_fn(params) -> (B,) losses.')
     if params is None:
       ascent.gradient_function(params, grad_fn, value_and_grad_fn)  # raises
     next_key, mask_key = jax.random.split(state.key)
     radius = ascent.resolve(rho, state.count)
-    direction, _ = unit.update(
-      perturbations.at_least_float32(updates), optax.EmptyState()
+    direction, inner = perturbation.update(
+      perturbations.at_least_float32(updates),
+      state.perturbation,
+      perturbations.at_least_float32(params),
+      **extra_args,
     )
     mask = optax.tree.random_like(mask_key, direction, _bernoulli(beta))
     eps = perturbations.scale_tree(
@@ -144,7 +155,7 @@ def esam(
     )
     return (
       ascent.where_on(radius, perturbed_grads, updates),
-      EsamState(*record, next_key),
+      EsamState(*record, next_key, inner),
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

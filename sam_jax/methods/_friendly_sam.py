@@ -19,10 +19,12 @@ class FriendlyState(NamedTuple):
   Attributes:
     started: bool, whether an update has been made.
     average: moving average of the gradients, in at least float32.
+    rule: state of the transformation that makes a perturbation of d.
   """
 
   started: jax.Array
   average: optax.Updates
+  rule: optax.OptState
 
 
 @method(flags={'sigma': 'friendly_sigma', 'decay': 'friendly_decay'})
@@ -31,6 +33,7 @@ def friendly_sam(
   sigma: float = 1.0,
   decay: Annotated[float, Bounds(least=0, below=1)] = 0.9,
   *,
+  perturbation: optax.GradientTransformation | None = None,
   axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Removes the full-batch direction, estimated by an average, from the perturbation.
@@ -49,10 +52,15 @@ def friendly_sam(
       untouched; a traced 0 selects them.
     sigma: share of the average gradient that is removed; 0 is SAM.
     decay: decay lambda of the average gradient; the paper's runs have 0.6.
+    perturbation: makes eps-hat at unit radius of d, in place of
+      :math:`d_t / \|d_t\|`; the average is still that of the gradients themselves. It
+      receives the parameters and the extra arguments. `perturbations.global_norm`
+      unless given.
     axis_name: the mapped axis: the average is taken over it too.
 
   Returns:
-    A transformation with the state of `sam`; the average is in ``perturbation``.
+    A transformation with the state of `sam`; the average is in ``perturbation``, and
+    so is the state of the argument of that name, as ``rule``.
 
   Raises:
     ValueError: decay outside [0, 1], sigma that is not finite, and as `sam`.
@@ -75,12 +83,13 @@ def friendly_sam(
   if isinstance(decay, (int, float)) and not 0 <= decay <= 1:
     raise ValueError(f'decay must be in [0, 1], got {decay}.')
   ascent.check_finite(sigma=sigma)
+  rule = ascent.unit_perturbation(perturbation)
 
   def init_fn(params):
-    return FriendlyState(jnp.zeros([], bool), ascent.zeros_like(params))
+    average = ascent.zeros_like(params)
+    return FriendlyState(jnp.zeros([], bool), average, rule.init(params))
 
   def update_fn(updates, state, params=None, **extra_args):
-    del params, extra_args
     mean = updates if axis_name is None else jax.lax.pmean(updates, axis_name)
 
     def after_first(later, first):
@@ -93,10 +102,9 @@ def friendly_sam(
     average = after_first(moved, mean)
     # One gradient that is not finite must not stay in the average for ever.
     new = (jnp.ones([], bool), average)
-    kept = FriendlyState(*perturbations.where_finite(new, tuple(state)))
-    eps, _ = unit.update(direction, optax.EmptyState())
-    return eps, kept
+    kept = perturbations.where_finite(new, (state.started, state.average))
+    eps, rule_state = rule.update(direction, state.rule, params, **extra_args)
+    return eps, FriendlyState(*kept, rule_state)
 
-  unit = perturbations.global_norm()
-  perturbation = optax.GradientTransformationExtraArgs(init_fn, update_fn)
-  return sam(rho, perturbation=perturbation, axis_name=axis_name)
+  along_noise = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return sam(rho, perturbation=along_noise, axis_name=axis_name)

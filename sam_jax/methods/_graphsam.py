@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from sam_jax import ascent, perturbations, varying
+from sam_jax.methods import _foreknown
 from sam_jax.methods._declare import Bounds, Radius, method
 
 
@@ -18,6 +19,7 @@ class GraphSamState(NamedTuple):
   Attributes:
     next_rho: 0 before the first update of an epoch, whose gradient is taken at w.
     average: m, in at least float32.
+    perturbation: state of the perturbation, which is ``rule`` unless that is None.
   """
 
   count: jax.Array
@@ -26,10 +28,16 @@ class GraphSamState(NamedTuple):
   perturbed_loss: jax.Array
   next_rho: jax.Array
   average: optax.Updates
+  perturbation: optax.OptState
+
+  rule = None
 
   def gradient_point(self, params: optax.Params) -> optax.Params:
-    """``params + rho m / |m|``, in at least float32."""
-    eps = perturbations.on_sphere(self.average, self.next_rho)
+    """``params + rho m / |m|``, or plus the rule's step, in at least float32."""
+    rho, m = self.next_rho, self.average
+    if self.rule is None:
+      return ascent.perturb(params, perturbations.on_sphere(m, rho))
+    eps = _foreknown.step(self.rule, m, self.perturbation, params, rho)
     return ascent.perturb(params, eps)
 
 
@@ -45,6 +53,7 @@ def graphsam(
   epochs_per_decay: Annotated[int, Bounds(least=1)] = 1,
   *,
   steps_per_epoch: int,
+  perturbation: optax.GradientTransformation | None = None,
   axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Re-anchors the perturbation once an epoch and follows the gradients in between.
@@ -75,6 +84,11 @@ def graphsam(
       the radius is 5e-5 after ten epochs; 1 keeps it.
     epochs_per_decay: number of epochs lambda from one decay of the radius to the next.
     steps_per_epoch: updates in an epoch.
+    perturbation: makes eps-hat at unit radius of the average m, in place of
+      :math:`m / \|m\|`, and of the anchor on the first update of an epoch; m itself
+      stays that of unit gradients. `perturbations.global_norm` unless given. It is
+      called with the parameters, without extra arguments: by ``gradient_point`` for
+      eps-hat, and by ``update`` once more for its state.
     axis_name: the mapped axis: m is averaged over it.
 
   Returns:
@@ -84,7 +98,7 @@ def graphsam(
   Raises:
     ValueError: steps_per_epoch or epochs_per_decay < 1, a negative gamma, beta outside
       [0, 1), either not finite, and as `sam`.
-    TypeError: as `sam`.
+    TypeError: perturbation is no transformation, and as `sam`.
 
   >>> import jax, jax.numpy as jnp, optax, sam_jax
   >>> loss = lambda w: jnp.sum(w ** 4)
@@ -112,6 +126,7 @@ def graphsam(
   ascent.check_positive(
     steps_per_epoch=steps_per_epoch, epochs_per_decay=epochs_per_decay
   )
+  State = _foreknown.state_type(GraphSamState, perturbation)
 
   def radius_at(count):
     epoch = count // steps_per_epoch
@@ -120,7 +135,8 @@ def graphsam(
   def init_fn(params):
     record = ascent.init_record(params)
     average = jax.tree.map(jnp.zeros_like, perturbations.at_least_float32(params))
-    return GraphSamState(*record, jnp.zeros_like(record.rho), average)
+    held = _foreknown.init(State.rule, params)
+    return State(*record, jnp.zeros_like(record.rho), average, held)
 
   def update_fn(
     updates,
@@ -137,22 +153,29 @@ def graphsam(
     evaluate = ascent.gradient_function(params, grad_fn, value_and_grad_fn, updates)
     radius = jnp.asarray(radius_at(state.count), state.rho.dtype)
 
+    def stepped(along):
+      return _foreknown.advance(State.rule, along, state.perturbation, params)
+
     def first_of_epoch():
       mean = updates if axis_name is None else jax.lax.pmean(updates, axis_name)
       anchor = perturbations.on_sphere(perturbations.at_least_float32(mean))
       eps = perturbations.scale_tree(anchor, radius)
+      if State.rule is not None:
+        eps = _foreknown.step(State.rule, anchor, state.perturbation, params, radius)
       loss, grads = evaluate(ascent.perturb(params, eps))
       grads = ascent.cast_like(grads, updates)
-      return jnp.asarray(loss, state.rho.dtype), grads, anchor
+      return jnp.asarray(loss, state.rho.dtype), grads, anchor, stepped(anchor)
 
     def later():
-      return jnp.asarray(value, state.rho.dtype), updates, state.average
+      along = state.average
+      return jnp.asarray(value, state.rho.dtype), updates, along, stepped(along)
 
     if phase is None:
       is_first = state.count % steps_per_epoch == 0
-      loss, grads, average = varying.cond(is_first, first_of_epoch, later)
+      found = varying.cond(is_first, first_of_epoch, later)
     else:
-      loss, grads, average = first_of_epoch() if phase else later()
+      found = first_of_epoch() if phase else later()
+    loss, grads, average, held = found
 
     grads = ascent.where_on(radius, grads, updates)
     mean = grads if axis_name is None else jax.lax.pmean(grads, axis_name)
@@ -170,6 +193,6 @@ def graphsam(
     next_rho = next_rho.astype(record.rho.dtype)
     # Taken at a point in float32, also where the parameters are half-precision.
     grads = ascent.cast_like(grads, params)
-    return grads, GraphSamState(*record, next_rho, average)
+    return grads, State(*record, next_rho, average, held)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -59,7 +59,8 @@ def looksam(
     every: number of updates k from one ascent step to the next.
     alpha: size of the reused direction relative to the clean gradient.
     perturbation: gradient in, eps-hat at unit radius out; `perturbations.global_norm`
-      unless given.
+      unless given. With `perturbations.layerwise` this is Look-LayerSAM of the same
+      paper, and ``rho`` is relative to the norm of each layer.
     axis_name: the mapped axis: the direction kept in the state is averaged over it.
 
   Returns:

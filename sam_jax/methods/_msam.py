@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from sam_jax import ascent, perturbations
+from sam_jax.methods import _foreknown
 from sam_jax.methods._declare import Radius, method
 
 _BUFFERS = ('trace', 'mu')
@@ -20,6 +21,7 @@ class MsamState(NamedTuple):
   Attributes:
     next_rho: ``{name: rho}``, the momentum buffer's name and the next radius.
     inner: state of the base chain, which holds the buffer.
+    perturbation: state of the perturbation, which is ``rule`` unless that is None.
   """
 
   count: jax.Array
@@ -28,12 +30,18 @@ class MsamState(NamedTuple):
   perturbed_loss: jax.Array
   next_rho: dict[str, jax.Array]
   inner: optax.OptState
+  perturbation: optax.OptState
+
+  rule = None
 
   def gradient_point(self, params: optax.Params) -> optax.Params:
-    """``params - rho v / |v|``, in at least float32."""
+    """``params - rho v / |v|``, or minus the rule's step, in at least float32."""
     ((momentum, rho),) = self.next_rho.items()
     buffer = perturbations.at_least_float32(optax.tree.get(self.inner, momentum))
-    return ascent.perturb(params, perturbations.on_sphere(buffer, -rho))
+    if self.rule is None:
+      return ascent.perturb(params, perturbations.on_sphere(buffer, -rho))
+    eps = _foreknown.step(self.rule, buffer, self.perturbation, params, -rho)
+    return ascent.perturb(params, eps)
 
 
 @method(one_gradient=True, needs_momentum=True)
@@ -42,6 +50,7 @@ def msam(
   rho: Radius = 0.3,
   *,
   momentum: str | None = None,
+  perturbation: optax.GradientTransformation | None = None,
   axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Perturbs along the momentum buffer, so that one gradient an update suffices.
@@ -64,6 +73,10 @@ def msam(
     momentum: name of the buffer in the state of ``inner``; None finds the one named
       ``'trace'``, as `optax.sgd` with momentum has it, or ``'mu'``, as `optax.adam` and
       its kin do.
+    perturbation: makes a step at unit radius of the buffer v, in place of
+      :math:`v / \|v\|`; eps-hat is minus rho times that. `perturbations.global_norm`
+      unless given. It is called with the parameters, without extra arguments: by
+      ``gradient_point`` for the step, and by ``update`` once more for its state.
     axis_name: the mapped axis, over which the recorded norm and loss are averaged; with
       `cross_replica_mean` in ``inner`` the buffer is the same on all replicas.
 
@@ -73,6 +86,7 @@ def msam(
 
   Raises:
     ValueError: rho < 0; ``init`` where ``inner`` does not have exactly one such buffer.
+    TypeError: inner or perturbation is no transformation.
 
   >>> import jax, jax.numpy as jnp, optax, sam_jax
   >>> loss = lambda w: jnp.sum(w ** 4)
@@ -93,13 +107,15 @@ def msam(
   ascent.check_rho(rho)
   ascent.check_transformation(inner, 'inner')
   inner = optax.with_extra_args_support(inner)
+  State = _foreknown.state_type(MsamState, perturbation)
 
   def init_fn(params):
     inner_state = inner.init(params)
     buffer = _buffer(inner_state, _BUFFERS if momentum is None else (momentum,))
     record = ascent.init_record(params)
     next_rho = {buffer: jnp.zeros_like(record.rho)}  # no buffer yet to follow
-    return MsamState(*record, next_rho, inner_state)
+    held = _foreknown.init(State.rule, params)
+    return State(*record, next_rho, inner_state, held)
 
   def update_fn(updates, state, params=None, *, value=0.0, **extra_args):
     ((buffer, radius),) = state.next_rho.items()
@@ -111,14 +127,15 @@ def msam(
       axis_name=axis_name,
     )
     updates = ascent.where_on(radius, updates, updates)
+    ahead = optax.tree.get(state.inner, buffer)
+    stepped = _foreknown.advance(State.rule, ahead, state.perturbation, params)
     # Taken at a point in float32, also where the base holds half-precision leaves.
-    held = optax.tree.get(state.inner, buffer) if params is None else params
-    updates = ascent.cast_like(updates, held)
+    updates = ascent.cast_like(updates, ahead if params is None else params)
     updates, inner_state = inner.update(
       updates, state.inner, params, value=value, **extra_args
     )
     radius = jnp.asarray(ascent.resolve(rho, record.count), record.rho.dtype)
-    return updates, MsamState(*record, {buffer: radius}, inner_state)
+    return updates, State(*record, {buffer: radius}, inner_state, stepped)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -85,10 +85,7 @@ def sam(
   """
   ascent.check_rho(rho)
   num_steps = ascent.static_int('num_ascent_steps', num_ascent_steps, default=1)
-  if perturbation is None:
-    perturbation = perturbations.global_norm()
-  ascent.check_transformation(perturbation, 'perturbation')
-  perturbation = optax.with_extra_args_support(perturbation)
+  perturbation = ascent.unit_perturbation(perturbation)
 
   def init_fn(params):
     record = ascent.init_record(params)
