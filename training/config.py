@@ -315,6 +315,11 @@ def label(config: Config) -> str:
   return f'{short(config.optimizer)}{over}{radius}'
 
 
+def title(config: Config) -> str:
+  """What a figure or a page of one run is headed with: its task, method and seed."""
+  return f'{short(config.task)}: {label(config)}, seed {config.seed}'
+
+
 def short(name: str) -> str:
   """The name of a task or method; of a file the name without its folder."""
   return pathlib.Path(name).stem if name.endswith('.py') else name
