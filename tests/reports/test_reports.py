@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import training
-from measurements.measurement import Measurement
 from measurements.measurement import Figure as Source
+from measurements.measurement import Measurement
 from reports import comparison, over_training, sweep
 
 # As it was written before a summary named its score and its measurements.
