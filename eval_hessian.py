@@ -141,7 +141,7 @@ def _measure_steps(workdir, config, steps, measurers: _Measurers) -> None:
     network = measurements.restore(workdir, config, measurer.problem, step)
     folder = over_training.folder(workdir, step)
     summaries.append(measurer.measure(network, folder))
-  title = comparison.title_of(config)
+  title = config_lib.title(config)
   print(f'\n{over_training.write(workdir, summaries, title)}')
   print(f'\n{workdir / measurements.FOLDER}/')
 

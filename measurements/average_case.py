@@ -35,7 +35,6 @@ def _run(context: Context) -> dict[str, Any]:
   options = context.options
   if not options.average_case_sigma:
     return estimate('average_case_sharpness', None)
-  context.show('average-case sharpness')
   found = sam_jax.sharpness.average_case(
     context.objective.loss,
     context.params,

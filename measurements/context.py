@@ -16,12 +16,12 @@ from measurements import network as network_lib
 from measurements.files import Part, Parts
 from measurements.network import Network
 from measurements.objective import Objective, cast
+from measurements.stages import Stages
 from sam_jax import curvature
 from sam_jax.measuring.entries import plain
 from training import problem as problem_lib
 from training.errors import UsageError
 from training.problem import Batch
-from training.ticker import Ticker
 
 
 class Context:
@@ -43,7 +43,7 @@ class Context:
     *,
     folder: pathlib.Path | None = None,
     fingerprint: str = '',
-    ticker: Ticker | None = None,
+    stages: Stages | None = None,
   ):
     self.network = network
     self.objective = objective
@@ -53,19 +53,28 @@ class Context:
     self.params = jax.device_put(cast(network.params, self.options.dtype))
     self._batch_stats = jax.device_put(cast(network.batch_stats, self.options.dtype))
     self._fingerprint = fingerprint
-    self._ticker = ticker
+    self._stages = stages
     self._done: dict[str, Part] = {}
     self._inner_seconds = 0.0
     self._counted: list[curvature.Operator] = []
 
   def show(self, message: str) -> None:
     """Says what is going on."""
-    if self._ticker is not None:
-      self._ticker.show(message)
+    if self._stages is not None:
+      self._stages.show(message)
+
+  def count(self, done: int, total: int) -> None:
+    """Tells the progress how many of its equal pieces this measurement has done."""
+    if self._stages is not None:
+      self._stages.count(done, total)
 
   def show_points(self, name: str) -> Callable[[int, int], None]:
     """A ``progress=`` for a grid."""
-    return lambda done, total: self.show(f'{name}: point {done}/{total}')
+    return functools.partial(self._show_pieces, name, 'points')
+
+  def _show_pieces(self, name: str, unit: str, done: int, total: int) -> None:
+    self.count(done, total)
+    self.show(f'{name}: {done:,} of {total:,} {unit}')
 
   def key(self, number: int) -> jax.Array:
     """The random key of that number; measurements with one number share it."""
@@ -194,18 +203,30 @@ class Context:
 
   @contextlib.contextmanager
   def counted(
-    self, name: str, operator: curvature.Operator
+    self, name: str, operator: curvature.Operator, total: int = 0
   ) -> Iterator[curvature.Operator]:
     """An operator whose products are counted, and need not be repeated after a kill.
+
+    Args:
+      name: under which products are recorded.
+      operator: that takes them.
+      total: how many will be taken, for the progress; 0 is unknown.
 
     Raises:
       UsageError: `curvature` refuses its arguments.
     """
-    if self.parts is None:
-      made = curvature.operator(operator.matvec, operator.structure)
-    else:
+    title = name.replace('_', ' ')
+
+    def matvec(vector: Any) -> Any:
+      product = operator.matvec(vector)
+      if total:
+        self._show_pieces(title, 'products', made.num_matvecs, total)
+      return product
+
+    made = curvature.operator(matvec, operator.structure)
+    if self.parts is not None:
       made = curvature.journaled(
-        operator,
+        made,
         self.parts.journal(name),
         identity=self._fingerprint,
         max_gib=self.options.max_journal_gib,

@@ -13,6 +13,7 @@ from measurements import edges_figure
 from measurements.context import plain
 from measurements.edges_program import ADAMS, Found, Program, stacked
 from sam_jax import curvature
+from training import config as config_lib
 from training import methods, optimizers
 from training.config import Config
 from training.errors import UsageError
@@ -96,7 +97,7 @@ class Edges(Hook):
 
   def draw(self, workdir: pathlib.Path, lines: Sequence[dict[str, Any]]) -> bool:
     """Draws `edges.png`, whole or not at all."""
-    title = f'{self._config.task}, {self._config.optimizer}'
+    title = config_lib.title(self._config)
     edges_figure.save(workdir / FILE_NAME, lines, title)
     return True
 

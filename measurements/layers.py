@@ -24,20 +24,17 @@ class Options:
 def _run(context: Context) -> dict[str, Any]:
   if not context.options.per_layer:
     return {'layers': None}
-  context.show('traces of the layers')
-  with context.counted('layers', context.operator) as products:
-    estimate = curvature.diagonal(
-      products, context.options.trace_matvecs, key=context.key(6)
-    )
+  total = context.options.trace_matvecs
+  with context.counted('layers', context.operator, total) as products:
+    estimate = curvature.diagonal(products, total, key=context.key(6))
   layers: dict[str, list[str]] = {}
   for path in estimate.leaf_traces:
     layers.setdefault(path.rpartition('/')[0] or path, []).append(path)
-  return {
-    'layers': [
-      _layer(context, f'layers_{number}', layer, paths, estimate)
-      for number, (layer, paths) in enumerate(layers.items())
-    ]
-  }
+  found = []
+  for number, (layer, paths) in enumerate(layers.items()):
+    context.count(number, len(layers))
+    found.append(_layer(context, f'layers_{number}', layer, paths, estimate))
+  return {'layers': found}
 
 
 def _layer(context, name, layer, paths, estimate) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from training import checkpoints, optimizers
-from training.config import Config, label
+from training.config import Config, label, title
 from training.errors import UsageError
 from training.problem import Problem
 
@@ -42,7 +42,7 @@ class Network(NamedTuple):
   @property
   def title(self) -> str:
     """What a figure of it is headed with."""
-    return f'{self.config.task}: {self.name}, step {self.step:,}'
+    return f'{title(self.config)}, step {self.step:,}'
 
 
 def restore(

@@ -44,7 +44,8 @@ def _run(context: Context) -> dict[str, Any]:
     if problem_lib.num_examples(batch) < size:
       continue
     operator = context.finished(context.over([batch]))
-    title = f'single batch {index + 1}/{repeats}'
+    context.count(index, len(batches))
+    title = f'batch {index + 1} of {len(batches)}'
     pairs = context.search(
       f'one_batch_{index}', operator, 1, 'both', title, verify=False
     )

@@ -18,6 +18,7 @@ from measurements.context import Context
 from measurements.measurement import Measurement
 from measurements.network import Network
 from measurements.objective import Objective
+from measurements.stages import Stages
 from sam_jax import curvature
 from training import config as config_lib
 from training import problem as problem_lib
@@ -71,16 +72,17 @@ class Measurer:
     if found and found['fingerprint'] == fingerprint:
       return found
     ticker = Ticker()
+    stages = Stages(ticker, len(_active(self.chosen, options)))
     with files.claim(folder), jax.enable_x64(options.dtype == 'float64'):
       context = Context(
         network,
         self._objective,
         folder=folder,
         fingerprint=fingerprint,
-        ticker=ticker,
+        stages=stages,
       )
       try:
-        return _measured(context, self.chosen, fingerprint)
+        return _measured(context, self.chosen, fingerprint, stages)
       except curvature.NonFiniteError as error:
         raise UsageError(
           f'the Hessian of {network.workdir} is not finite: its parameters or its data '
@@ -114,15 +116,21 @@ def measure(
 
 
 def _measured(
-  context: Context, chosen: dict[str, Measurement], fingerprint: str
+  context: Context,
+  chosen: dict[str, Measurement],
+  fingerprint: str,
+  stages: Stages,
 ) -> dict[str, Any]:
   """Measures anew, or the rest of what was killed."""
   facts = _facts(context)
   for measurement in chosen.values():
     measurement.check(context)
   context.parts = files.Parts(context.folder, fingerprint, _results())
+  active = _active(chosen, context.options)
   results, notes = {}, {}
   for name, measurement in chosen.items():
+    if name in active:
+      stages.begin(name.replace('_', ' '))
     results |= context.part(name, functools.partial(measurement.run, context))
     notes |= measurement.notes
     _draw(context, measurement)
@@ -139,6 +147,11 @@ def _measured(
   config_lib.write_json(context.folder / files.SUMMARY, summary)
   context.parts.remove()
   return summary
+
+
+def _active(chosen: dict[str, Measurement], options: Any) -> set[str]:
+  """Those of the chosen measurements that the options do not switch off."""
+  return {n for n, m in chosen.items() if not m.switch or getattr(options, m.switch)}
 
 
 def _draw(context: Context, measurement: Measurement) -> None:

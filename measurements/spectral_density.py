@@ -35,9 +35,9 @@ class Options:
 
 
 def _run(context: Context) -> dict[str, Any]:
-  context.show('spectral density')
   pairs = eigenvalues.pairs_of(context)
-  with context.counted('spectral_density', context.operator) as products:
+  total = context.options.num_matvecs * context.options.num_probes
+  with context.counted('spectral_density', context.operator, total) as products:
     density = curvature.spectral_density(
       products,
       context.options.num_matvecs,

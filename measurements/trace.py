@@ -30,11 +30,9 @@ def _run(context: Context) -> dict[str, Any]:
 
 
 def _trace(context: Context, pairs: curvature.Eigenpairs | None) -> dict[str, Any]:
-  context.show('trace')
-  with context.counted('trace', context.operator) as products:
-    found = curvature.trace(
-      products, context.options.trace_matvecs, key=context.key(2), pairs=pairs
-    )
+  total = context.options.trace_matvecs
+  with context.counted('trace', context.operator, total) as products:
+    found = curvature.trace(products, total, key=context.key(2), pairs=pairs)
   return estimate('trace', found)
 
 

@@ -47,7 +47,6 @@ def _run(context: Context) -> dict[str, Any]:
   options = context.options
   if not options.worst_case_rho:
     return estimate('worst_case_sharpness', None)
-  context.show('worst-case sharpness')
   found = sam_jax.sharpness.worst_case(
     context.objective.loss,
     context.params,

@@ -104,14 +104,9 @@ def write_single(run: Run) -> None:
     for figure in measurement.figures
     if figure.single
   }
-  title = title_of(run.config)
+  title = config_lib.title(run.config)
   text = page.html(title, _sections({title: [run]}), figures)
   (folder / files.REPORT).write_text(text)
-
-
-def title_of(config: Config) -> str:
-  """What a page or a figure of one run is headed with."""
-  return f'{config.task}: {config_lib.label(config)}, seed {config.seed}'
 
 
 def describe(summary: Summary) -> str:
@@ -281,16 +276,30 @@ def _matrix(summary: Summary) -> str:
 def _figures(groups: Groups, out: pathlib.Path) -> dict[str, pathlib.Path]:
   """Draws the first run of each group side by side on shared axes; the files."""
   folders = {
-    name: members[0].workdir / measurements.FOLDER for name, members in groups.items()
+    _panel_title(name, members[0].config): members[0].workdir / measurements.FOLDER
+    for name, members in groups.items()
   }
+  configs = [members[0].config for members in groups.values()]
+  title = ', '.join(dict.fromkeys(config_lib.short(c.task) for c in configs))
   drawn = {}
   for measurement in measurements.find().values():
     for figure in measurement.figures:
       sources = {name: folder / figure.source for name, folder in folders.items()}
       if figure.several and all(path.exists() for path in sources.values()):
         drawn[figure.name] = out / figure.name
-        _draw(figure.plot, figure.load, sources, drawn[figure.name])
+        _draw(figure.plot, figure.load, sources, drawn[figure.name], title)
   return drawn
+
+
+def _panel_title(name: str, config: Config) -> str:
+  """What one run is headed with beside others of its task.
+
+  Args:
+    name: of its group: its method, or its folder where methods are the same.
+    config: of the run that is drawn for the group.
+  """
+  drawn = f'{config_lib.label(config)}, seed {config.seed}'
+  return drawn if name == config_lib.label(config) else f'{name}\n{drawn}'
 
 
 def _draw(
@@ -298,5 +307,7 @@ def _draw(
   load: Callable[[pathlib.Path], Any],
   sources: Mapping[str, pathlib.Path],
   path: pathlib.Path,
+  title: str,
 ) -> None:
-  plot({name: load(source) for name, source in sources.items()}).savefig(path)
+  results = {name: load(source) for name, source in sources.items()}
+  plot(results, title=title).savefig(path)

@@ -39,8 +39,18 @@ def write(workdir: pathlib.Path) -> str:
   )
   text = f'{page.markdown_table(_table(rows, shown, score))}\n\n{note}'
   (workdir / TABLE).write_text(f'{text}\n')
-  _figure(workdir / FIGURE, rows, shown, score)
+  title = f'{where}{_spread(rows)}'
+  _figure(workdir / FIGURE, rows, shown, score, title)
   return text
+
+
+def _spread(rows: list[dict[str, Any]]) -> str:
+  """What the figure shows of several seeds."""
+  counts = sorted({row['seeds'] for row in rows})
+  if counts == [1]:
+    return 'one seed'
+  some = f'{counts[0]}' if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'
+  return f'mean ± standard error over {some} seeds'
 
 
 def _headings(score: dict[str, Any]) -> dict[str, str]:
@@ -97,6 +107,7 @@ def _figure(
   rows: list[dict[str, Any]],
   shown: dict[str, str],
   score: dict[str, Any],
+  title: str,
 ) -> None:
   """Score, gap and sharpness against what was swept, a curve for each of the others.
 
@@ -110,7 +121,7 @@ def _figure(
   for row in rows:
     curves.setdefault(_curve_label(row, across, others), []).append(row)
   names = [name for name in shown if not name.endswith('_loss')]
-  figure = Figure(figsize=(3.6 * len(names), 3.3), layout='constrained')
+  figure = Figure(figsize=(3.6 * len(names), 3.6), layout='constrained')
   panels = figure.subplots(1, len(names), squeeze=False)[0]
   places = _places({_value(row, across) for row in rows} - {None})
   for axes, name in zip(panels, names, strict=True):
@@ -122,7 +133,8 @@ def _figure(
     axes.set(xlabel=across, ylabel=shown[name])
     _ticks(axes, places)
     axes.grid(alpha=0.3)
-  panels[0].legend(frameon=False)
+  panels[0].legend(fontsize=8, framealpha=0.6)
+  figure.suptitle(title)
   figure.savefig(path, dpi=120)
 
 
@@ -165,7 +177,8 @@ def _curve(
   if places[0] is None:
     low, high = values[0] - errors[0], values[0] + errors[0]
     axes.axhline(values[0], color=colour, label=label)
-    axes.axhspan(low, high, color=colour, alpha=0.15, lw=0)
+    band = f'{label}, ± standard error' if errors[0] else None
+    axes.axhspan(low, high, color=colour, alpha=0.15, lw=0, label=band)
     return
   order = sorted(range(len(rows)), key=lambda index: places[index])
   x, y, spread = ([some[i] for i in order] for some in (places, values, errors))

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 Kind = Literal['contour', 'surface', 'heatmap']
 _STYLES = ('-', '--', '-.', ':')
 _COLORS = ('#1f4e79', '#c05a00', '#2f7d4f', '#7a3b8f', '#8c8c8c')
-_NUM_LEVELS = 12
+_MOST_LEVELS = 12
+# Above this ratio of the highest to the lowest loss, levels grow by factors.
+_FEW_TO_MANY = 10.0
+# Mantissas of such levels; the first set that gives few enough is taken.
+_MANTISSAS = ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1,))
+# Least distance between two labels of contours, and to the frame, in widths of a panel.
+_CROWDED, _FRAME = 0.13, 0.07
 
 
 def spectral_density(
@@ -85,9 +91,12 @@ def landscape(
   """The loss, or what else a landscape holds, along one or two directions.
 
   A trajectory on a surface is drawn over it, its start as a square and its end as a
-  star; the axes tell how much of its variance they explain. A loss that is not finite
-  is drawn as very high. Maps of eigenvalue ratios run from 0 to the largest ratio, or
-  to 1 if that is more; where a ratio is not known they are left free.
+  star; the axes tell how much of its variance they explain. The levels of a surface are
+  round numbers: equal steps of 1, 2 or 5 times a power of ten, or factors if the loss
+  spans more than a factor of 10, except in perspective. Surfaces are clipped above
+  their 0.97 quantile, and the label of the colour bar says so. A loss that is not
+  finite is drawn as very high. Maps of eigenvalue ratios run from 0 to the largest
+  ratio, or to 1 if that is more; where a ratio is not known they are left free.
 
   Args:
     result: a landscape, or several by name: surfaces stand side by side with shared
@@ -150,28 +159,44 @@ def _surfaces(panels: Mapping[str, Landscape], kind: Kind) -> Figure:
   perspective = {'projection': '3d'} if kind == 'surface' else {}
   width = 4.4 if kind == 'surface' else 4.0
   figure = _figure(1.6 + width * len(panels), _height_of(panels, kind))
-  levels = _levels(panels)
+  levels = _levels(panels, by_factors=kind != 'surface')
+  top = float(levels[-1])
+  clipped = any(_exceeds(item, top) for item in panels.values())
   axes = []
   for index, (name, item) in enumerate(panels.items()):
     shared = {} if perspective or not axes else {'sharex': axes[0], 'sharey': axes[0]}
     ax = figure.add_subplot(1, len(panels), index + 1, **perspective, **shared)
-    drawn = _PAINTERS[kind](ax, item, levels)
+    drawn = _PAINTERS[kind](ax, item, levels, 'max' if clipped else 'neither')
     ax.set_title(name)
     style = {'labelpad': 6, 'fontsize': 9} if perspective else {}
     ax.set_xlabel(_axis_label(item, 0, kind), **style)
     ax.set_ylabel(_axis_label(item, 1, kind), **style)
     axes.append(ax)
-  ticks = {} if perspective else {'ticks': levels[::2]}
+  ticks = {} if perspective else {'ticks': levels[:: 1 if len(levels) < 10 else 2]}
+  note = f' (clipped at {_number(top)})' if clipped else ''
   figure.colorbar(
     drawn,
     ax=axes,
-    label=_value_label(item),
+    label=f'{_value_label(item)}{note}',
     shrink=0.75,
-    format='%.3g',
+    format=lambda value, _: _number(value),
     pad=0.1 if perspective else 0.02,
     **ticks,
   )
   return figure
+
+
+def _exceeds(item: Landscape, top: float) -> bool:
+  """Whether a landscape has values that are drawn lower than they are."""
+  # Rounding of the level itself is no clipping.
+  above = item.loss > top + 1e-9 * abs(top)
+  undefined = np.isnan(item.loss) & (item.value == 'loss')
+  return bool((above | undefined).any())
+
+
+def _number(value: float) -> str:
+  """A round number without the dust of its binary form."""
+  return f'{value:.10g}'
 
 
 def _height_of(panels: Mapping[str, Landscape], kind: Kind) -> float:
@@ -196,31 +221,46 @@ def _axis_label(item: Landscape, index: int, kind: Kind) -> str:
   return f'{label} ({share})' if kind == 'surface' else long
 
 
-def _levels(panels: Mapping[str, Landscape]) -> np.ndarray:
-  """Levels that all panels share; those of a loss closer together at the minimum."""
+def _levels(panels: Mapping[str, Landscape], *, by_factors: bool) -> np.ndarray:
+  """Round levels that all panels share, up to the 0.97 quantile of their values."""
   values = np.concatenate([item.loss.ravel() for item in panels.values()])
   values = values[np.isfinite(values)]
   (sort,) = {item.value for item in panels.values()}
-  power = 1.8 if sort == 'loss' else 1.0
   if not values.size:
-    low, high = 0.0, 1.0
-  elif sort == EIGEN_RATIO:
-    return _round_levels(min(values.max(), 1.0))
-  else:
-    low, high = values.min(), np.quantile(values, 0.97)
+    return _even_levels(0.0, 1.0)
+  if sort == EIGEN_RATIO:
+    return _even_levels(0.0, max(min(values.max(), 1.0), 1e-6))
+  low, high = float(values.min()), float(np.quantile(values, 0.97))
+  if by_factors and low > 0 and high > _FEW_TO_MANY * low:
+    return _growing_levels(low, high)
   if not high > low:
     high = low + max(abs(low), 1.0) * 1e-3
-  return low + (high - low) * np.linspace(0, 1, _NUM_LEVELS) ** power
+  return _even_levels(low, high)
 
 
-def _round_levels(high: float) -> np.ndarray:
-  """Round numbers from 0 to a little above the highest."""
+def _even_levels(low: float, high: float) -> np.ndarray:
+  """Multiples of 1, 2 or 5 times a power of ten, from one below to one above."""
   from matplotlib.ticker import MaxNLocator
 
-  return MaxNLocator(_NUM_LEVELS, steps=[1, 2, 5, 10]).tick_values(0.0, max(high, 1e-6))
+  return MaxNLocator(_MOST_LEVELS, steps=[1, 2, 5, 10]).tick_values(low, high)
 
 
-def _paint_contour(ax: Axes, item: Landscape, levels: np.ndarray):
+def _growing_levels(low: float, high: float) -> np.ndarray:
+  """Round numbers closer together at the minimum, from one below to one above."""
+  powers = np.arange(np.floor(np.log10(low)) - 1, np.ceil(np.log10(high)) + 1)
+  # Negative integer powers of ten are not exact, quotients of positive ones are.
+  tens = [10.0**n if n >= 0 else 1 / 10.0**-n for n in powers]
+  for mantissas in _MANTISSAS:
+    found = np.outer(tens, mantissas).ravel()
+    first = np.searchsorted(found, low, 'right') - 1
+    last = np.searchsorted(found, high)
+    found = found[first : last + 1]
+    if len(found) <= _MOST_LEVELS:
+      break
+  return found[:: -(-len(found) // _MOST_LEVELS)]
+
+
+def _paint_contour(ax: Axes, item: Landscape, levels: np.ndarray, extend: str):
   values = _shown(item, np.inf)
   filled = ax.contourf(
     item.x,
@@ -228,8 +268,8 @@ def _paint_contour(ax: Axes, item: Landscape, levels: np.ndarray):
     values,
     levels,
     cmap='viridis',
-    norm=_norm(levels),
-    extend='max',
+    norm=_norm(levels, extend),
+    extend=extend,
     alpha=0.75,
   )
   if item.loss.size > 1 and np.isfinite(item.loss).any():
@@ -242,30 +282,57 @@ def _paint_contour(ax: Axes, item: Landscape, levels: np.ndarray):
 
 
 def _label_contours(ax: Axes, drawn) -> None:
-  """Numbers on the lines, over a trajectory, none cut by the frame."""
+  """Numbers on the lines, over a trajectory, apart from one another and the frame."""
   from matplotlib.patheffects import withStroke
 
   halo = withStroke(linewidth=2, foreground='white', alpha=0.6)
-  to_axes = ax.transData + ax.transAxes.inverted()
-  for text in ax.clabel(drawn, fontsize=7, fmt='%.3g', zorder=12):
+  places = _label_places(ax, drawn.allsegs)
+  if not places:  # To matplotlib no places means to choose them itself.
+    return
+  for text in ax.clabel(drawn, fontsize=7, fmt=_number, manual=places, zorder=12):
     text.set_path_effects([halo])
-    across, up = to_axes.transform(text.get_position())
-    text.set_visible(0.04 < across < 0.96 and 0.03 < up < 0.97)
 
 
-def _paint_heatmap(ax: Axes, item: Landscape, levels: np.ndarray):
+def _label_places(ax: Axes, segments) -> list[tuple[float, float]]:
+  """A point on the lines of each level that has room, as far from others as it goes.
+
+  Args:
+    ax: the axes, whose limits hold all lines.
+    segments: for each level its lines, each (n, 2) in data coordinates.
+  """
+  corner = np.array([ax.get_xlim()[0], ax.get_ylim()[0]])
+  sides = np.ptp([ax.get_xlim(), ax.get_ylim()], axis=1)
+  found = []
+  taken = [np.array([0.5, 0.0])]
+  for lines in segments:
+    lines = [(line - corner) / sides for line in lines if len(line) > 1]
+    # Lines shorter than a label would vanish under it.
+    long = [x for x in lines if np.linalg.norm(np.diff(x, axis=0), axis=1).sum() > 0.15]
+    points = np.concatenate([np.empty((0, 2)), *long])
+    points = points[((points > _FRAME) & (points < 1 - _FRAME)).all(1)]
+    if not len(points):
+      continue
+    room = np.linalg.norm(points[:, None] - np.array(taken), axis=2).min(1)
+    best = points[room.argmax()]
+    if room.max() >= _CROWDED:
+      taken.append(best)
+      found.append(tuple(corner + sides * best))
+  return found
+
+
+def _paint_heatmap(ax: Axes, item: Landscape, levels: np.ndarray, extend: str):
   mesh = ax.pcolormesh(
-    item.x, item.y, _shown(item, np.inf), norm=_norm(levels), cmap='viridis'
+    item.x, item.y, _shown(item, np.inf), norm=_norm(levels, extend), cmap='viridis'
   )
   _mark(ax, item, 'white')
   ax.patch.set(facecolor='0.9', hatch='xx', edgecolor='0.6')
   return mesh
 
 
-def _norm(levels: np.ndarray):
+def _norm(levels: np.ndarray, extend: str):
   from matplotlib.colors import BoundaryNorm
 
-  return BoundaryNorm(levels, 256, extend='max')
+  return BoundaryNorm(levels, 256, extend=extend)
 
 
 def _mark(ax: Axes, item: Landscape, color: str) -> None:
@@ -299,7 +366,8 @@ def _draw_path(ax: Axes, coordinates: np.ndarray) -> None:
     )
 
 
-def _paint_surface(ax: Axes, item: Landscape, levels: np.ndarray):
+def _paint_surface(ax: Axes, item: Landscape, levels: np.ndarray, extend: str):
+  del extend  # Its height shows where it is cut off.
   x, y = np.meshgrid(item.x, item.y)
   values = _shown(item, levels[-1])
   drawn = ax.plot_surface(

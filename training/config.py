@@ -86,8 +86,17 @@ class Config:
   seed: int = _field(0, 'of initialisation, order of examples and dropout')
   split_seed: int = _field(0, 'of the random split into training and test examples')
   init_from: str = _field('', "start from the parameters of this other run's workdir")
-  manual_dir: str = _field('', "folder with the publisher's archive", may_change=True)
-  data_dir: str = _field('', 'folder with prepared data sets', may_change=True)
+  manual_dir: str = _field(
+    '',
+    "folder with the publisher's archive; unset, downloads/manual in --data_dir",
+    may_change=True,
+  )
+  data_dir: str = _field(
+    '',
+    'folder in which each data set is prepared once and then read; unset, '
+    '$TFDS_DATA_DIR or ~/tensorflow_datasets',
+    may_change=True,
+  )
   device_data_gib: float = _field(
     2.0,
     'data sets of up to so many GiB live on each device, larger ones are streamed',
@@ -313,6 +322,11 @@ def label(config: Config) -> str:
   base = config.base_optimizer
   over = f' over {base}' if base and base != config.optimizer else ''
   return f'{short(config.optimizer)}{over}{radius}'
+
+
+def title(config: Config) -> str:
+  """What a figure or a page of one run is headed with: its task, method and seed."""
+  return f'{short(config.task)}: {label(config)}, seed {config.seed}'
 
 
 def short(name: str) -> str:

@@ -354,7 +354,7 @@ class _Run:
       'test_scores': found,
       'test_scores_text': scores.describe(found),
     }
-    title = f'{self._config.task}, {self._config.optimizer}'
+    title = config_lib.title(self._config)
     lines = metrics_lib.read(self._workdir)
     curves.save(self._workdir, lines, title, self._score, problem.loss_name)
     self._hooks.draw(self._workdir, self._metrics.measured, last=True)

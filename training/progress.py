@@ -6,7 +6,7 @@ import time
 from typing import TextIO
 
 from training.problem import Score
-from training.ticker import Ticker
+from training.ticker import Ticker, clock
 
 _PLAIN_SECONDS = 5.0
 
@@ -38,7 +38,7 @@ class Progress:
     left = ''
     if step > first_step:
       seconds = (now - started) / (step - first_step) * (self._steps - step)
-      left = f'  {_clock(seconds)} left'
+      left = f'  {clock(seconds)} left'
     self._ticker.show(
       f'epoch {epoch + 1}/{self._epochs}  step {step}/{self._steps}'
       f'  {_loss(means)}  {self._score.show(means[self._score.name])}'
@@ -66,9 +66,3 @@ def _loss(means: dict[str, float]) -> str:
   if 'loss' in means:
     return f'loss {means["loss"]:.4f}'
   return f'perturbed loss {means["perturbed_loss"]:.4f}'
-
-
-def _clock(seconds: float) -> str:
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'

@@ -9,6 +9,17 @@ from typing import TextIO
 _LIVE_SECONDS = 0.1
 
 
+def clock(seconds: float) -> str:
+  """A duration as minutes and seconds, from an hour on also with hours.
+
+  >>> clock(61.6), clock(3600)
+  ('1:02', '1:00:00')
+  """
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+
+
 class Ticker:
   """Shows the newest of many messages."""
 

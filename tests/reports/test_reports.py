@@ -5,8 +5,11 @@ import json
 
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import training
+from measurements.measurement import Figure as Source
+from measurements.measurement import Measurement
 from reports import comparison, over_training, sweep
 
 # As it was written before a summary named its score and its measurements.
@@ -79,6 +82,47 @@ def test_what_was_not_measured_is_left_out(tmp_path):
   assert len(rows) == 4 and '-' in rows[2] and '4.25 ± 0.21' in rows[3]
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+  """The figures that are saved, by the name of their file."""
+  found = {}
+  monkeypatch.setattr(
+    Figure, 'savefig', lambda figure, path, **_: found.update({path.name: figure})
+  )
+  return found
+
+
+def test_panels_name_the_run_that_is_drawn(tmp_path, drawn, monkeypatch):
+  def plot(results, *, title):
+    figure = Figure()
+    figure.suptitle(title)
+    for ax, name in zip(figure.subplots(1, len(results)), results, strict=True):
+      ax.set_title(name)
+    return figure
+
+  figure = Source('one.png', 'one.txt', lambda path: path.read_text(), plot)
+  found = {'one': Measurement(run=lambda context: {}, figures=(figure,))}
+  monkeypatch.setattr(comparison.measurements, 'find', lambda: found)
+  sam = {'optimizer': 'sam', 'base_optimizer': 'momentum', 'rho': 0.05}
+  runs = [
+    *_runs(tmp_path / 'a', _PARTIAL),
+    *_runs(tmp_path / 'b', _PARTIAL, _PARTIAL, **sam)[1:],
+  ]
+  for run in runs:
+    (run.workdir / 'hessian').mkdir(parents=True)
+    (run.workdir / 'hessian/one.txt').write_text('')
+  monkeypatch.setattr(comparison.page, 'html', lambda *_: '')
+  comparison.write(runs, tmp_path)
+  titles = [ax.get_title() for ax in drawn['one.png'].axes]
+  assert titles == ['sgd, seed 0', 'sam over momentum, rho 0.05, seed 1']
+  assert drawn['one.png'].get_suptitle() == _CONFIG.task
+  # Of runs of one method the folder tells which is which.
+  same = runs[1]._replace(config=dataclasses.replace(_CONFIG, batch_size=7, seed=1))
+  comparison.write([runs[0], same], tmp_path)
+  titles = [ax.get_title() for ax in drawn['one.png'].axes]
+  assert titles == ['a/run_0\nsgd, seed 0', 'b/run_1\nsgd, seed 1']
+
+
 def test_over_training_with_and_without_eigenvalues(tmp_path):
   (tmp_path / 'hessian').mkdir()
   table = over_training.write(tmp_path, [_EARLIER, {**_EARLIER, 'step': 80}], 'a run')
@@ -117,6 +161,22 @@ def test_a_sweep_is_drawn_from_its_file(tmp_path, earlier):
     assert shown['test absolute error (mm)'] == '0.9000 +- 0.0200'
   assert (tmp_path / 'sweep.md').read_text() == f'{text}\n'
   assert (tmp_path / 'sweep.png').stat().st_size > 1000
+
+
+@pytest.mark.parametrize(('seeds', 'error'), [(3, 0.5), (1, None)])
+def test_the_legend_of_a_sweep_tells_the_band(tmp_path, drawn, seeds, error):
+  row = {'seeds': seeds, 'lambda_max': 4.0, 'lambda_max_error': error}
+  rows = [{'optimizer': 'sgd', 'rho': None, **row}]
+  rows += [{'optimizer': 'sam', 'rho': rho, **row} for rho in (0.05, 0.1)]
+  (tmp_path / 'sweep.json').write_text(json.dumps({'rows': rows, 'task': 'digits'}))
+  sweep.write(tmp_path)
+  (axes,) = drawn['sweep.png'].axes
+  texts = [text.get_text() for text in axes.get_legend().get_texts()]
+  band = ['sgd, ± standard error'] if error else []
+  assert texts == ['sgd', *band, 'sam']
+  title = drawn['sweep.png'].get_suptitle()
+  over = 'mean ± standard error over 3 seeds' if error else 'one seed'
+  assert title == f'digits: {over}'
 
 
 def test_a_grid_has_a_column_for_each_field_and_a_curve_for_each_combination(

@@ -115,7 +115,8 @@ def test_maps_of_ratios_run_from_0_to_at_most_1(kind, scale, top, tmp_path):
   figure = plotting.landscape({'sgd': _ratios(scale), 'sam': unknown}, kind)
   figure.savefig(tmp_path / 'ratio.png')
   first, second, bar = figure.axes
-  assert bar.get_ylabel() == r'$|\lambda_{min} \,/\, \lambda_{max}|$'
+  name = r'$|\lambda_{min} \,/\, \lambda_{max}|$'
+  assert bar.get_ylabel() == f'{name} (clipped at {top:g})'
   low, high = first.collections[0].get_clim()
   assert (low, high) == second.collections[0].get_clim()
   assert low == 0
@@ -128,3 +129,83 @@ def test_maps_of_ratios_run_from_0_to_at_most_1(kind, scale, top, tmp_path):
 def test_values_of_two_sorts_are_drawn_apart():
   with pytest.raises(ValueError, match=r"\['lambda_min/lambda_max', 'loss'\]"):
     plotting.landscape({'a': _with_path(), 'b': _ratios(1.0)})
+
+
+def _bowl(low, high, count=21):
+  """A surface from one value to another, of which no quantile cuts anything off."""
+  x = np.linspace(-1, 1, count)
+  rise = np.maximum(abs(x), abs(x[:, None]))
+  return landscape.Landscape(x, x, low + (high - low) * rise)
+
+
+def _is_round(step):
+  """Whether a number is 1, 2 or 5 times a power of ten."""
+  mantissa = step / 10.0 ** np.floor(np.log10(step) + 1e-9)
+  return np.isclose(mantissa, [1, 2, 5], rtol=1e-6).any()
+
+
+@pytest.mark.parametrize('kind', ['contour', 'heatmap'])
+@pytest.mark.parametrize(
+  ('low', 'high'),
+  [(2.3013, 2.3041), (0.31, 2.9), (-1.7, 4.2), (0.0, 1.3e-5), (731.0, 4210.0)],
+)
+def test_levels_of_a_narrow_loss_are_round_steps(low, high, kind):
+  figure = plotting.landscape(_bowl(low, high), kind)
+  levels = figure.axes[0].collections[0].norm.boundaries
+  steps = np.diff(levels)
+  np.testing.assert_allclose(steps, steps[0], rtol=1e-6)
+  assert _is_round(steps[0])
+  assert 4 <= len(levels) <= 14
+  np.testing.assert_allclose(levels / steps[0], np.round(levels / steps[0]), atol=1e-6)
+  # They hold all of it, and no more than a step beside.
+  assert levels[0] <= low < levels[1] and levels[-2] < high <= levels[-1]
+
+
+@pytest.mark.parametrize(
+  ('low', 'high', 'expected'),
+  [
+    (0.32, 28.0, [0.2, 0.5, 1, 2, 5, 10, 20, 50]),
+    (0.25, 2.9, [0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3]),
+    (0.004, 5e4, [10.0**n for n in range(-3, 6)]),
+  ],
+)
+def test_levels_of_a_wide_loss_grow_by_factors(low, high, expected):
+  figure = plotting.landscape(_bowl(low, high))
+  levels = figure.axes[0].collections[0].norm.boundaries
+  np.testing.assert_allclose(levels, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(('low', 'high'), [(1e-30, 1e30), (1e-300, 3.0)])
+def test_levels_stay_few(low, high, tmp_path):
+  figure = plotting.landscape(_bowl(low, high))
+  assert len(figure.axes[0].collections[0].norm.boundaries) <= 12
+  figure.savefig(tmp_path / 'landscape.png')
+
+
+@pytest.mark.parametrize('kind', ['contour', 'surface', 'heatmap'])
+@pytest.mark.parametrize('peak', [None, 400.0, np.nan, np.inf])
+def test_a_clipped_surface_says_so(kind, peak):
+  item = _bowl(1.0, 5.0)
+  if peak is not None:
+    item.loss[3, 4] = peak
+  figure = plotting.landscape({'whole': _bowl(1.0, 5.0), 'peak': item}, kind)
+  bar = figure.axes[-1]
+  assert bar.get_ylabel() == ('loss' if peak is None else 'loss (clipped at 5)')
+
+
+@pytest.mark.parametrize(('low', 'high'), [(2.3013, 2.3041), (0.32, 28.0), (0.3, 2.9)])
+def test_labels_of_contours_do_not_crowd(low, high):
+  figure = plotting.landscape(_bowl(low, high, 41))
+  ax = figure.axes[0]
+  to_axes = ax.transData + ax.transAxes.inverted()
+  places = to_axes.transform([text.get_position() for text in ax.texts])
+  assert len(places) >= 3
+  assert (places > 0.05).all() and (places < 0.95).all()
+  distances = np.linalg.norm(places[:, None] - places, axis=2)
+  assert distances[~np.eye(len(places), dtype=bool)].min() > 0.12
+  # Each tells the loss that is there, in few digits.
+  for text in ax.texts:
+    x, y = text.get_position()
+    loss = low + (high - low) * max(abs(x), abs(y))
+    assert float(text.get_text()) == pytest.approx(loss, abs=0.03 * (high - low))
+    assert len(text.get_text()) <= 6

@@ -141,3 +141,21 @@ def test_format_1_is_read(tmp_path, fields, hyperparameters, m_sharpness):
   assert config.m_sharpness == m_sharpness
   assert config.hyperparameters.items() >= hyperparameters.items()
   assert bool(config.hyperparameters) == bool(hyperparameters)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'words'),
+  [
+    ({'optimizer': 'adam', 'base_optimizer': 'adam'}, 'digits_mlp: adam, seed 3'),
+    (
+      {'optimizer': 'sam', 'base_optimizer': 'momentum', 'rho': 0.05},
+      'digits_mlp: sam over momentum, rho 0.05, seed 3',
+    ),
+    (
+      {'task': '/a/mine.py', 'optimizer': 'b/own.py', 'base_optimizer': 'sgd'},
+      'mine: own over sgd, seed 3',
+    ),
+  ],
+)
+def test_a_title_names_task_method_base_radius_and_seed(fields, words):
+  assert config_lib.title(Config(seed=3, **{'task': 'digits_mlp', **fields})) == words
