@@ -119,9 +119,9 @@ def graphsam(
   """
   ascent.check_rho(rho)
   ascent.check_finite(beta=beta, gamma=gamma)
-  if beta < 0 or beta >= 1:
+  if not isinstance(beta, jax.Array) and not 0 <= beta < 1:
     raise ValueError(f'beta must be at least 0 and below 1, got {beta}.')
-  if gamma < 0:
+  if not isinstance(gamma, jax.Array) and gamma < 0:
     raise ValueError(f'gamma must not be negative, got {gamma}: it scales the radius.')
   ascent.check_positive(
     steps_per_epoch=steps_per_epoch, epochs_per_decay=epochs_per_decay

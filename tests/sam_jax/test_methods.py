@@ -68,8 +68,8 @@ FLAGS = {
   ],
   'graphsam': [
     ('rho', 'rho', 'float', 0.05, *RADIUS),
-    ('beta', 'graphsam_beta', 'float', 0.99, *ANY),
-    ('gamma', 'graphsam_gamma', 'float', 0.5, *ANY),
+    ('beta', 'graphsam_beta', 'float', 0.99, *BELOW_ONE),
+    ('gamma', 'graphsam_gamma', 'float', 0.5, (0, 1, 2.5), (-0.1, 'nan')),
     ('epochs_per_decay', 'graphsam_epochs', 'int', 1, *COUNT),
   ],
   'trace_sam': [
