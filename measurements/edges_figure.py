@@ -7,6 +7,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from training import curves
+
 _WIDTH, _HEIGHT, _DPI = 7.0, 7.5, 90
 
 
@@ -48,11 +50,11 @@ def draw(lines: Sequence[dict[str, Any]], title: str) -> Any:
   plot(sharpness, 'edge', 'edge of the base optimizer', 'k--')
   plot(sharpness, 'sam_edge', 'SAM-edge', 'C3-')
   sharpness.set(yscale='log', ylabel='eigenvalue')
-  sharpness.yaxis.set_major_formatter('{x:g}')
-  sharpness.yaxis.set_minor_formatter('{x:g}')
+  curves.label_plainly(sharpness.yaxis)
   plot(losses, 'loss', 'loss', 'C0-')
   plot(losses, 'gradient_norm', 'gradient norm', 'C1--')
   losses.set(yscale='log')
+  curves.label_plainly(losses.yaxis)
   plot(alignments, 'gradient_alignment', 'clean gradient', 'C0.-')
   plot(alignments, 'update_alignment', 'gradient of the update', 'C3.-')
   alignments.set(ylim=(0, 1.02), ylabel='|cos| with\ntop eigenvector', xlabel='step')

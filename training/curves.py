@@ -10,6 +10,24 @@ from training.problem import Score
 FILE_NAME = 'curves.png'
 
 
+def label_plainly(axis: Any) -> None:
+  """Labels a logarithmic axis with plain numbers, and only so many as have room.
+
+  Args:
+    axis: of matplotlib, with a logarithmic scale.
+  """
+  from matplotlib.ticker import LogFormatter
+
+  class Plain(LogFormatter):
+    """0.8 instead of 8e-01, of the ticks that LogFormatter labels."""
+
+    def __call__(self, x, pos=None):
+      return f'{x:g}' if super().__call__(x, pos) else ''
+
+  axis.set_major_formatter('{x:g}')
+  axis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
+
+
 def save(
   workdir: pathlib.Path,
   lines: list[dict[str, Any]],
@@ -20,13 +38,7 @@ def save(
   """Draws loss and main score by epoch from the lines of `metrics.jsonl`."""
   # Slow to import, and needed once a run.
   from matplotlib.figure import Figure
-  from matplotlib.ticker import LogFormatter, MaxNLocator
-
-  class Plain(LogFormatter):
-    """0.8 instead of 8e-01, of the ticks that LogFormatter labels."""
-
-    def __call__(self, x, pos=None):
-      return f'{x:g}' if super().__call__(x, pos) else ''
+  from matplotlib.ticker import MaxNLocator
 
   figure = Figure(figsize=(9, 3.4), layout='constrained')
   axes = figure.subplots(1, 2)
@@ -43,8 +55,7 @@ def save(
   label = f'{score.label} ({score.unit})' if score.unit else score.label
   axes[0].set(xlabel='epoch', ylabel=loss_name, yscale='log')
   axes[1].set(xlabel='epoch', ylabel=label)
-  axes[0].yaxis.set_major_formatter('{x:g}')
-  axes[0].yaxis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
+  label_plainly(axes[0].yaxis)
   axes[0].legend(frameon=False)
   axes[1].legend(frameon=False)
   figure.suptitle(title)

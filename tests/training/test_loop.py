@@ -8,6 +8,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from training import (
   Config,
@@ -18,6 +19,7 @@ from training import (
   metrics,
   summary,
 )
+from training import config as config_lib
 from training.hooks import Hook
 
 _CONFIG = Config(
@@ -75,11 +77,32 @@ def _outcome(workdir):
 
 
 @pytest.fixture(scope='module')
-def whole(small, tmp_path_factory):
+def titles():
+  """The titles of the figures that a run draws, in their order."""
+  return []
+
+
+@pytest.fixture(scope='module')
+def whole(small, titles, tmp_path_factory):
   """The workdir of a run that nothing interrupted."""
   workdir = tmp_path_factory.mktemp('loop') / 'whole'
-  _train(small.problem(), workdir)
+  save = Figure.savefig
+
+  def savefig(figure, *args, **options):
+    titles.append(figure.get_suptitle() or figure.axes[0].get_title())
+    save(figure, *args, **options)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Figure, 'savefig', savefig)
+    _train(small.problem(), workdir)
   return workdir
+
+
+def test_figures_of_a_run_name_it(whole, titles):
+  config = config_lib.load(whole)
+  assert titles == [config_lib.title(config)] * 2
+  words = f'{config.optimizer} over {config.base_optimizer}, rho {config.rho:g}, seed '
+  assert words in titles[0]
 
 
 def test_files_and_numbers_of_a_run(whole, small):
