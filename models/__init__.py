@@ -3,6 +3,7 @@
 from models.attention import Attention as Attention
 from models.convolution import Conv as Conv
 from models.convolution import conv as conv
+from models.convolutional import ConvNet as ConvNet
 from models.gcn import GCN as GCN
 from models.gcn import GraphConv as GraphConv
 from models.graph_transformer import GraphTransformer as GraphTransformer
