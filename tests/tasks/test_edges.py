@@ -58,10 +58,7 @@ def test_a_step_and_a_tracked_line(name, model, sizes):
   config = tasks.resolve(name, model=model, **flags)
   problem = tasks.build(config)
   assert problem.train.num_examples == sizes[0]
-  batches = problem.train.batches(config.batch_size, seed=0)
-  stepper = step.Stepper(problem, config, batches.steps_per_epoch, sharing.of(config))
-  state = jax.jit(stepper.init)(config.seed)
-  batch = next(iter(batches.epoch(0)))
+  state, batch = _stepped(problem, config)
   outputs = problem.model.apply({'params': state.params}, batch['inputs'])
   assert outputs.shape == (config.batch_size, sizes[1])
   # The loss by its formula: the mean over outputs, or half the squared distance.
@@ -72,7 +69,6 @@ def test_a_step_and_a_tracked_line(name, model, sizes):
   factor = 1 / 2 if name in ('eos_cohen_tanh', 'eos_stochastic') else 1 / 10
   loss = float(problem_lib.loss(problem, state.params, {}, batch)[0])
   assert loss == pytest.approx(factor * squares.mean(), rel=1e-5)
-  state, _ = jax.jit(stepper.train)(state, batch)
   line = measurements.tracker('edges', problem, config)(state, 1)
   assert line['converged'] and line['operator_norm'] > 0
   assert line['edge'] == pytest.approx(2 / config.learning_rate)
@@ -146,3 +142,27 @@ def test_real_images(name, data_dir, tmp_path_factory):
   labels = problem.train.arrays['labels']
   assert set(np.bincount(labels, minlength=10).tolist()) == {len(labels) // 10}
   assert jnp.isfinite(problem.train.arrays['inputs']).all()
+
+
+def test_a_step_and_a_tracked_line_of_a_text(tmp_path):
+  (tmp_path / 'input.txt').write_text('To be, or not to be. ' * 40)
+  folders = {'manual_dir': str(tmp_path), 'data_dir': str(tmp_path / 'prepared')}
+  model = 'features=4,num_layers=1,num_heads=1,head_features=2,vocabulary=128'
+  config = tasks.resolve(
+    'eos_shakespeare_transformer', scale='small', batch_size=4, model=model, **folders
+  )
+  problem = tasks.build(config)
+  state, batch = _stepped(problem, config)
+  logits = problem.model.apply({'params': state.params}, batch['inputs'])
+  assert logits.shape == (4, 64, 128)
+  line = measurements.tracker('edges', problem, config, on='batch')(state, 1)
+  assert line['converged'] and 0 < line['sam_edge'] < line['edge'] == pytest.approx(20)
+
+
+def _stepped(problem, config):
+  """The state after the first step, and its batch."""
+  batches = problem.train.batches(config.batch_size, seed=config.seed)
+  stepper = step.Stepper(problem, config, batches.steps_per_epoch, sharing.of(config))
+  batch = next(iter(batches.epoch(0)))
+  state = jax.jit(stepper.init)(config.seed)
+  return jax.jit(stepper.train)(state, batch)[0], batch
