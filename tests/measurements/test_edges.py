@@ -317,3 +317,30 @@ def test_what_has_no_edge_is_refused(problem, changes, options, message):
     measurements.tracker('edges', problem, config, **options)
   with pytest.raises(UsageError, match='track=hills: choose of edges'):
     measurements.tracker('hills', problem, CONFIG)
+
+
+_NO_RADIUS = '''
+import optax
+from sam_jax.methods import method
+
+
+@method()
+def still(rho: float = 0.1, *, axis_name: str | None = None):
+  """Descends the clean gradient.
+
+  Args:
+    rho: recorded nowhere.
+    axis_name: the mapped axis.
+  """
+  return optax.GradientTransformationExtraArgs(
+    lambda params: optax.EmptyState(),
+    lambda updates, state, params=None, **extra_args: (updates, state),
+  )
+'''
+
+
+def test_a_method_whose_state_holds_no_radius_is_refused(problem, tmp_path):
+  (tmp_path / 'still.py').write_text(_NO_RADIUS)
+  config = dataclasses.replace(CONFIG, optimizer=str(tmp_path / 'still.py'))
+  with pytest.raises(UsageError, match=r'optimizer=.*still\.py holds no rho'):
+    measurements.tracker('edges', problem, config)
