@@ -56,8 +56,18 @@ def problem():
   )
 
 
+_states = {}
+
+
 def _state(problem, config, number=0):
-  """A state after some steps of training on its own batches."""
+  """A state after some steps of training on its own batches, made once."""
+  key = repr(config), number
+  if key not in _states:
+    _states[key] = _trained(problem, config, number)
+  return _states[key]
+
+
+def _trained(problem, config, number):
   stepper = step.Stepper(problem, config, 3, sharing.of(config))
   state = jax.jit(stepper.init)(config.seed)
   advance = jax.jit(stepper.train)
@@ -67,22 +77,40 @@ def _state(problem, config, number=0):
   return state
 
 
-def _oracle(problem, params, batch, rho):
+@pytest.fixture(scope='module')
+def dense(problem):
+  """The Hessian, the gradient and the loss of a batch of up to 22, compiled once."""
+
+  @jax.jit
+  def compute(params, batch):
+    flat, unravel = ravel_pytree(params)
+    loss = lambda w: problem_lib.loss(problem, unravel(w), {}, batch)[0]
+    return jax.hessian(loss)(flat), jax.grad(loss)(flat), loss(flat)
+
+  def call(params, batch):
+    missing = 22 - len(batch['weights'])
+    pad = lambda x: np.pad(np.asarray(x), [(0, missing)] + [(0, 0)] * (np.ndim(x) - 1))
+    found = compute(params, jax.tree.map(pad, batch))
+    return [np.asarray(x, np.float64) for x in found]
+
+  return call
+
+
+def _oracle(dense, params, batch, rho):
   """Eigenvalues, norm and alignments by a dense Hessian."""
   flat, unravel = ravel_pytree(params)
-  loss = lambda w: problem_lib.loss(problem, unravel(w), {}, batch)[0]
-  values, vectors = np.linalg.eigh(np.asarray(jax.hessian(loss)(flat), np.float64))
-  gradient = np.asarray(jax.grad(loss)(flat), np.float64)
+  hessian, gradient, loss = dense(params, batch)
+  values, vectors = np.linalg.eigh(hessian)
   norm = np.linalg.norm(gradient)
   moved = flat + jnp.asarray(rho * gradient / norm, flat.dtype)
-  perturbed = np.asarray(jax.grad(loss)(moved), np.float64)
+  perturbed = dense(unravel(moved), batch)[1]
   cosine = lambda x: abs(x @ vectors[:, -1]) / np.linalg.norm(x)
   by_size = values[np.argsort(-np.abs(values))]
-  return by_size, norm, cosine(gradient), cosine(perturbed), float(loss(flat))
+  return by_size, norm, cosine(gradient), cosine(perturbed), float(loss)
 
 
 @pytest.mark.parametrize('on', ['batch', 'train', '5', '17'])
-def test_a_line_is_what_a_dense_computation_gives(problem, on):
+def test_a_line_is_what_a_dense_computation_gives(problem, dense, on):
   config = CONFIG
   state = _state(problem, config, 4)
   line = measurements.tracker('edges', problem, config, on=on)(state, 4)
@@ -96,7 +124,7 @@ def test_a_line_is_what_a_dense_computation_gives(problem, on):
       order = np.concatenate(problem.train.batches(5, seed=0).indices(0))
     rows = {name: x[order[: int(on)]] for name, x in problem.train.arrays.items()}
     batch = {**rows, 'weights': np.ones(int(on), np.float32)}
-  values, norm, clean, perturbed, loss = _oracle(problem, state.params, batch, 0.1)
+  values, norm, clean, perturbed, loss = _oracle(dense, state.params, batch, 0.1)
   assert line['eigenvalue'] == pytest.approx(values[0], rel=1e-3)
   assert line['lambda_max'] == line['eigenvalue']
   assert line['operator_norm'] == pytest.approx(abs(values[0]), rel=1e-3)
@@ -112,11 +140,10 @@ def test_a_line_is_what_a_dense_computation_gives(problem, on):
   assert 0.2 * edge * (1 + 0.1 * edge / norm) == pytest.approx(2, rel=1e-4)
 
 
-def test_the_update_is_that_of_the_method(problem):
-  """Methods that add to SAM, or wrap their base, and plain descent."""
+def test_the_update_is_that_of_the_method(problem, dense):
+  """A method that wraps its base, and plain descent."""
   for config in (
     PLAIN,
-    dataclasses.replace(CONFIG, optimizer='wsam', hyperparameters={'gamma': 0.5}),
     dataclasses.replace(
       CONFIG, optimizer='decoupled_wsam', hyperparameters={'gamma': 0.5}
     ),
@@ -124,15 +151,15 @@ def test_the_update_is_that_of_the_method(problem):
     state = _state(problem, config, 1)
     line = measurements.tracker('edges', problem, config, on='train')(state, 1)
     batch = next(iter(problem.train.batches(22).epoch(0)))
-    _, _, clean, perturbed, _ = _oracle(problem, state.params, batch, 0.1)
-    # With gamma 1/2 both are SAM over plain descent.
+    _, _, clean, perturbed, _ = _oracle(dense, state.params, batch, 0.1)
+    # With gamma 1/2 it is SAM over plain descent.
     wanted = clean if config is PLAIN else perturbed
     assert line['gradient_alignment'] == pytest.approx(clean, abs=0.01)
     assert line['update_alignment'] == pytest.approx(wanted, abs=0.01)
     assert line['sam_edge'] is None
 
 
-def test_adam_is_measured_in_its_own_metric(problem):
+def test_adam_is_measured_in_its_own_metric(problem, dense):
   config = dataclasses.replace(
     PLAIN, optimizer='adam', base_optimizer='adam', learning_rate=0.01
   )
@@ -140,10 +167,8 @@ def test_adam_is_measured_in_its_own_metric(problem):
   assert tracker(_state(problem, config), 0)['preconditioned_lambda_max'] is None
   state = _state(problem, config, 3)
   line = tracker(state, 3)
-  flat, unravel = ravel_pytree(state.params)
   batch = next(iter(problem.train.batches(22).epoch(0)))
-  loss = lambda w: problem_lib.loss(problem, unravel(w), {}, batch)[0]
-  hessian = np.asarray(jax.hessian(loss)(flat), np.float64)
+  hessian = dense(state.params, batch)[0]
   (adam,) = (
     x
     for x in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, 'nu'))
@@ -292,3 +317,30 @@ def test_what_has_no_edge_is_refused(problem, changes, options, message):
     measurements.tracker('edges', problem, config, **options)
   with pytest.raises(UsageError, match='track=hills: choose of edges'):
     measurements.tracker('hills', problem, CONFIG)
+
+
+_NO_RADIUS = '''
+import optax
+from sam_jax.methods import method
+
+
+@method()
+def still(rho: float = 0.1, *, axis_name: str | None = None):
+  """Descends the clean gradient.
+
+  Args:
+    rho: recorded nowhere.
+    axis_name: the mapped axis.
+  """
+  return optax.GradientTransformationExtraArgs(
+    lambda params: optax.EmptyState(),
+    lambda updates, state, params=None, **extra_args: (updates, state),
+  )
+'''
+
+
+def test_a_method_whose_state_holds_no_radius_is_refused(problem, tmp_path):
+  (tmp_path / 'still.py').write_text(_NO_RADIUS)
+  config = dataclasses.replace(CONFIG, optimizer=str(tmp_path / 'still.py'))
+  with pytest.raises(UsageError, match=r'optimizer=.*still\.py holds no rho'):
+    measurements.tracker('edges', problem, config)

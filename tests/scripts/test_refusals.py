@@ -49,6 +49,15 @@ _TRAIN = """
 --label_smoothing=-.1
 --label_smoothing=nan
 --optimizer=sam --m_sharpness=7
+--track=hills
+--track_every=5
+--track_on=train
+--track_share=0.2
+--track=edges --track_every=-1
+--track=edges --track_on=all
+--track=edges --track_on=99999
+--track=edges --track_share=1
+--optimizer=sgd,sam --track=edges
 --optimizer=sam --m_sharpness=-8
 --optimizer=sam --m_sharpness=64
 --m_sharpness=8
