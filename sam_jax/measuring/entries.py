@@ -75,16 +75,15 @@ def extremes_errors(
     seed: of the resamples, as `numpy.random.default_rng` takes it.
   """
   tops, bottoms = _resampled_means(curvatures, weights, seed)
+  # Half the middle 68 %: a lambda_min that may be 0 leaves no standard deviation. Where
+  # it is 0 in so many resamples that the middle reaches infinity, NaN.
   with np.errstate(divide='ignore', invalid='ignore'):
-    ratio = tops / np.abs(bottoms)
+    high, low = np.quantile(tops / np.abs(bottoms), (0.84, 0.16))
+    half = (high - low) / 2
   return {
     'lambda_max_standard_error': tops.std(ddof=1),
     'lambda_min_standard_error': bottoms.std(ddof=1),
-    # Half the middle 68 %: a lambda_min that may be 0 leaves no standard deviation.
-    'lambda_max_over_abs_lambda_min_standard_error': np.subtract(
-      *np.quantile(ratio, (0.84, 0.16))
-    )
-    / 2,
+    'lambda_max_over_abs_lambda_min_standard_error': half,
   }
 
 

@@ -14,6 +14,7 @@ import sam_jax
 import tasks
 import train
 from sam_jax import curvature, landscape
+from sam_jax.measuring import entries
 from training import cli
 from training import config as config_lib
 
@@ -234,3 +235,10 @@ def test_numbers_are_those_of_eval_hessian(tmp_path):
     for folder in (tmp_path / 'own', tmp_path / 'hessian')
   ]
   np.testing.assert_allclose(surfaces[0].loss, surfaces[1].loss, rtol=1e-4)
+
+
+def test_a_smallest_eigenvalue_of_zero_leaves_its_ratio_without_an_error():
+  """Of two batches one adds nothing: a quarter of the resamples have a mean of 0."""
+  found = entries.extremes_errors(np.array([[5.0, 9.0], [4.0, 0.0]]), None, 0)
+  assert not np.isfinite(found['lambda_max_over_abs_lambda_min_standard_error'])
+  assert found['lambda_max_standard_error'] == pytest.approx(2**0.5, rel=0.05)
