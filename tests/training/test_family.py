@@ -131,4 +131,4 @@ def test_gsam_radius_follows_the_learning_rate(small, tmp_path):
   for line in lines:
     share = (line['learning_rate'] - low) / (high - low)
     assert line['rho'] == pytest.approx(0.01 + 0.04 * share, rel=1e-4)
-  assert lines[0]['rho'] == pytest.approx(0.05) and lines[-1]['rho'] < 0.011
+  assert lines[0]['rho'] > 0.0495 and lines[-1]['rho'] == pytest.approx(0.01)
