@@ -178,10 +178,13 @@ def _hooks(flags, problem, config) -> list[hooks.Hook]:
 def _lambda_max(config, problem, workdir: pathlib.Path) -> dict[str, Any]:
   """The largest Hessian eigenvalue of a finished run, measured once."""
   path = workdir / 'sharpness.json'
-  if not path.exists():
+  try:
+    return {'lambda_max': json.loads(path.read_text())['lambda_max']}
+  except (FileNotFoundError, ValueError, KeyError):  # Not measured yet, or damaged.
     params, batch_stats, _ = checkpoints.load_variables(workdir, problem)
-    config_lib.write_json(path, measurements.lambda_max(problem, params, batch_stats))
-  return {'lambda_max': json.loads(path.read_text())['lambda_max']}
+    found = measurements.lambda_max(problem, params, batch_stats)
+    config_lib.write_json(path, found)
+  return {'lambda_max': found['lambda_max']}
 
 
 def _sweep(points, swept, workdir: pathlib.Path, flags, options) -> None:

@@ -385,8 +385,18 @@ def perturbed_and_clean(
   """
   wide = perturbations.at_least_float32(updates)
   perturbed, new_state = method.update(wide, state, params, **extra_args)
-  same = jax.tree.map(lambda x, y: x.dtype == y.dtype, updates, wide)
-  if all(jax.tree.leaves(same)):
+  # Gradients at half-precision parameters are rounded, whatever they are cast to.
+  half = [
+    x.dtype != y.dtype
+    for tree in (updates, params)
+    for x, y in zip(
+      jax.tree.leaves(tree),
+      jax.tree.leaves(perturbations.at_least_float32(tree)),
+      strict=True,
+    )
+    if hasattr(x, 'dtype')
+  ]
+  if not any(half):
     return perturbed, updates, new_state
   functions = (extra_args.get(name) for name in ('grad_fn', 'value_and_grad_fn'))
   evaluate = gradient_function(params, *functions, updates)

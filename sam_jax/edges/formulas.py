@@ -299,6 +299,12 @@ def alignment(vector: Any, eigenvector: Any) -> jax.Array:
   >>> round(float(alignment(gradient, v)), 6)
   0.6
   """
+  shapes = [jax.tree.map(jnp.shape, tree) for tree in (vector, eigenvector)]
+  if shapes[0] != shapes[1]:
+    raise ValueError(
+      f'vector and eigenvector must have the same shapes, got {shapes[0]} and '
+      f'{shapes[1]}: of several eigenvectors take one'
+    )
   unit, other = (
     perturbations.on_sphere(products.at_least_float32(x)) for x in (vector, eigenvector)
   )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, NamedTuple
 
 import jax
@@ -137,7 +138,7 @@ def esam(
     rise = perturbed_losses - example_losses
     if example_weights is not None:
       rise = jnp.where(example_weights > 0, rise, -jnp.inf)
-    kept = max(1, int(gamma * rise.shape[0]))
+    kept = max(1, math.floor(gamma * rise.shape[0] * (1 + 1e-12)))
     _, indices = jax.lax.top_k(rise, kept)
     evaluate = ascent.gradient_function(
       params,

@@ -200,3 +200,8 @@ def test_alignment_is_the_absolute_cosine():
   narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree(u))
   assert edges.alignment(narrow, tree(v)).dtype == jnp.float32
   np.testing.assert_allclose(edges.alignment(narrow, tree(v)), wanted, atol=1e-2)
+
+
+def test_alignment_with_several_vectors_at_once_is_refused():
+  with pytest.raises(ValueError, match='of several eigenvectors take one'):
+    edges.alignment(jnp.ones(3), jnp.ones((2, 3)))

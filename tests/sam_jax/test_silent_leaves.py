@@ -164,3 +164,21 @@ def test_differences_of_half_precision_gradients_are_taken_in_float32(name):
   expected = sharpness_part(wide)
   error = jnp.linalg.norm(sharpness_part(params) - expected)
   assert error < 0.05 * jnp.linalg.norm(expected)
+
+
+def test_widened_gradients_of_half_precision_parameters_are_not_subtracted():
+  """A gradient at bfloat16 weights is rounded, whatever it is cast to afterwards."""
+  keys = jax.random.split(jax.random.key(0))
+  inputs = jax.random.normal(keys[0], (64, 200))
+  half = (0.1 * jax.random.normal(keys[1], (200,))).astype(jnp.bfloat16)
+  loss = lambda w: jnp.mean(jnp.tanh(inputs @ w.astype(jnp.float32)) ** 2)
+
+  def update(params, grads):
+    tx = sam_jax.wsam(1e-3, 0.99)
+    return tx.update(grads, tx.init(params), params, grad_fn=jax.grad(loss))[0]
+
+  wide = half.astype(jnp.float32)
+  expected = update(wide, jax.grad(loss)(wide))
+  found = update(half, jax.grad(loss)(half).astype(jnp.float32))
+  error = jnp.linalg.norm(found.astype(jnp.float32) - expected)
+  assert error < 0.01 * jnp.linalg.norm(expected)
