@@ -357,3 +357,14 @@ def test_two_processes_equal_two_devices(tmp_path):
   assert ours.keys() == theirs.keys()
   for name in theirs:
     np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('damaged', ['{"lambda', '{}', None])
+def test_a_damaged_measurement_of_a_sweep_is_made_anew(tmp_path, monkeypatch, damaged):
+  if damaged is not None:
+    (tmp_path / 'sharpness.json').write_text(damaged)
+  monkeypatch.setattr(checkpoints, 'load_variables', lambda *_: (None, None, None))
+  monkeypatch.setattr(train.measurements, 'lambda_max', lambda *_: {'lambda_max': 2.0})
+  for _ in range(2):
+    assert train._lambda_max(None, None, tmp_path) == {'lambda_max': 2.0}
+  assert json.loads((tmp_path / 'sharpness.json').read_text()) == {'lambda_max': 2.0}
