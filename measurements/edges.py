@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from measurements import edges_figure
-from measurements.context import plain
 from measurements.edges_program import ADAMS, Found, Program, stacked
 from sam_jax import curvature
+from sam_jax.measuring.entries import plain
 from training import config as config_lib
 from training import methods, optimizers
 from training.config import Config
@@ -48,6 +48,7 @@ class Edges(Hook):
     self._batches, self._steps_per_epoch = batches, batches.steps_per_epoch
     self._program = Program(problem, config, self._steps_per_epoch, _TOL)
     self._adam = config.base_optimizer in ADAMS
+    self._num_blocks = 2 if self._adam else 1
     self._fixed = self._fixed_examples()
     self.recall({})
 
@@ -68,8 +69,7 @@ class Edges(Hook):
     """Measures the network as the next step finds it."""
     batches = self._examples(step)
     if self._blocks is None:
-      count = 2 if self._adam else 1
-      self._blocks = (self._program.cold(state.params),) * count
+      self._blocks = (self._program.cold(state.params),) * self._num_blocks
     scale = self._scale(state, step)
     found, self._blocks = self._program(state, batches, self._blocks, scale)
     found = jax.device_get(found)
@@ -90,8 +90,7 @@ class Edges(Hook):
     if not memory:
       return
     like = jax.eval_shape(self._program.cold, self._problem.variables()['params'])
-    count = 2 if self._adam else 1
-    found = [memory.get(f'block/{number}') for number in range(count)]
+    found = [memory.get(f'block/{number}') for number in range(self._num_blocks)]
     if all(np.shape(block) == like.shape for block in found):
       self._blocks = tuple(jax.device_put(found))
 
@@ -101,12 +100,9 @@ class Edges(Hook):
     edges_figure.save(workdir / FILE_NAME, lines, title)
     return True
 
-  def summarize(self, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the last third of the lines, and over all where they are named so.
-
-    A ratio is of lambda_max to an edge.
-    """
-    return summarize(lines)
+  def summarize(self, lines: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:
+    """Medians over the last third of the steps, see `summarize` of this module."""
+    return summarize(lines, step)
 
   # Examples.
 
@@ -204,11 +200,12 @@ def gradients_of_step(config: Config) -> int:
   return 2 if methods.is_method(config.optimizer) else 1
 
 
-def summarize(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarize(lines: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:
   """Numbers of a run from the lines of the tracker.
 
   Args:
     lines: by step.
+    step: the run's last.
 
   Returns:
     Medians over the last third of the steps, `median_...`, of the ratios of lambda_max
@@ -217,7 +214,7 @@ def summarize(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     eigenvalue; and the number of lines and of products. What was never measured is
     None.
   """
-  last = [line for line in lines if 3 * line['step'] >= 2 * lines[-1]['step']]
+  last = [line for line in lines if 3 * line['step'] >= 2 * step]
 
   def ratios(chosen, edge):
     return [

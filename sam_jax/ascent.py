@@ -386,17 +386,9 @@ def perturbed_and_clean(
   wide = perturbations.at_least_float32(updates)
   perturbed, new_state = method.update(wide, state, params, **extra_args)
   # Gradients at half-precision parameters are rounded, whatever they are cast to.
-  half = [
-    x.dtype != y.dtype
-    for tree in (updates, params)
-    for x, y in zip(
-      jax.tree.leaves(tree),
-      jax.tree.leaves(perturbations.at_least_float32(tree)),
-      strict=True,
-    )
-    if hasattr(x, 'dtype')
-  ]
-  if not any(half):
+  dtypes = {jnp.result_type(leaf) for leaf in jax.tree.leaves((updates, params))}
+  floating = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+  if all(jnp.finfo(dtype).bits >= 32 for dtype in floating):
     return perturbed, updates, new_state
   functions = (extra_args.get(name) for name in ('grad_fn', 'value_and_grad_fn'))
   evaluate = gradient_function(params, *functions, updates)

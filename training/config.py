@@ -12,6 +12,7 @@ import pathlib
 import platform
 from typing import IO, Any
 
+from sam_jax import methods as library
 from sam_jax.measuring.files import write_json as write_json
 from training import migration
 from training.errors import UsageError
@@ -137,7 +138,6 @@ _NOT_NEGATIVE = (
 _BELOW_ONE = ('momentum', 'label_smoothing')
 # Numbers of the arithmetic of a step, which is in float32.
 _IN_FLOAT32 = ('rho', 'learning_rate', 'weight_decay', 'clip_norm', *_BELOW_ONE)
-_SMALLEST, _LARGEST = 1.1754944e-38, 3.4028234e38
 
 
 def validate(config: Config) -> None:
@@ -153,9 +153,8 @@ def validate(config: Config) -> None:
     if type(value) is int:
       _require(config, field.name, value <= _MAX_INT, f'must be at most {_MAX_INT}')
   for name in _IN_FLOAT32:
-    size = abs(getattr(config, name) or 0)
-    reason = f'float32 has 0 and numbers from {_SMALLEST:.2g} to {_LARGEST:.2g} only'
-    _require(config, name, size == 0 or _SMALLEST <= size <= _LARGEST, reason)
+    reason = library.lost_in_float32(getattr(config, name) or 0)
+    _require(config, name, not reason, reason)
   for name, choices in _CHOICES.items():
     require_choice(name, getattr(config, name), choices)
   for names, allowed, reason in (

@@ -52,8 +52,8 @@ class Hook:
     """Draws its lines so far; False where there is no picture."""
     return False
 
-  def summarize(self, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Entries of `summary.json` from all of its lines."""
+  def summarize(self, lines: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:
+    """Entries of `summary.json` from all of its lines and the run's last step."""
     return {}
 
 
@@ -130,12 +130,12 @@ class Hooks:
         self._next_drawing[hook.name] = ended + (ended - started) / _DRAWING_SHARE
 
   def summarize(
-    self, lines: Mapping[str, Sequence[dict[str, Any]]], wall_time: float
+    self, lines: Mapping[str, Sequence[dict[str, Any]]], step: int, wall_time: float
   ) -> dict[str, Any]:
     """What the summary says of each: its own numbers, and its share of the time."""
     return {
       hook.name: {
-        **hook.summarize(lines.get(hook.name, ())),
+        **hook.summarize(lines.get(hook.name, ()), step),
         'seconds': round(self.seconds[hook.name], 3),
         'share_of_wall_time': round(self.seconds[hook.name] / wall_time, 4),
       }

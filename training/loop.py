@@ -359,7 +359,9 @@ class _Run:
     curves.save(self._workdir, lines, title, self._score, problem.loss_name)
     self._hooks.draw(self._workdir, self._metrics.measured, last=True)
     facts['during_training'] = self._hooks.summarize(
-      self._metrics.measured, facts['wall_time_seconds']
+      self._metrics.measured,
+      self._config.epochs * self._steps_per_epoch,
+      facts['wall_time_seconds'],
     )
     scores.draw(self._workdir, found, title)
     return summary.write(

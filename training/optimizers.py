@@ -231,7 +231,8 @@ def build(
   after = [mean, *_base(config, rate, given)]
   if not methods.is_method(config.optimizer):
     return optax.chain(mean, record_gradient_norm(), *after[1:])
-  built = _method(config, steps_per_epoch, optax.chain(*after), axis_name, given)
+  inner = optax.chain(*after)
+  built = _method(config, steps_per_epoch, inner, rate, axis_name, given)
   if sharing.groups:
     built = sam_jax.m_sharpness(built, sharing.groups)
   wraps_base = methods.get(config.optimizer).traits.wraps_base
@@ -253,12 +254,11 @@ def descent(
   Returns:
     The transformation, and what finds its state in that of `build`.
   """
-  given: Mapping[str, Any] = {}
   if not methods.is_method(config.optimizer):
     return optax.with_extra_args_support(optax.identity()), lambda _: optax.EmptyState()
-  rate = _scaled_rate(config, steps_per_epoch, given)
-  after = optax.chain(optax.identity(), *_base(config, rate, given))
-  built = _method(config, steps_per_epoch, after, None, given)
+  rate = learning_rate(config, steps_per_epoch)
+  after = optax.chain(optax.identity(), *_base(config, rate, {}))
+  built = _method(config, steps_per_epoch, after, rate, None, {})
   return built, lambda opt_state: opt_state[0]
 
 
@@ -276,13 +276,14 @@ def _method(
   config: Config,
   steps_per_epoch: int,
   inner: optax.GradientTransformation,
+  rate: optax.Schedule,
   axis_name: str | None,
   given: Mapping[str, Any],
 ) -> optax.GradientTransformationExtraArgs:
   """The configuration's method, run in the steps it is to run in."""
   provided = {
     'inner': inner,
-    'learning_rate': _scaled_rate(config, steps_per_epoch, given),
+    'learning_rate': rate,
     'steps_per_epoch': steps_per_epoch,
     'total_steps': config.epochs * steps_per_epoch,
     'axis_name': axis_name,

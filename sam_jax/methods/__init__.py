@@ -10,4 +10,5 @@ from sam_jax.methods._declare import declared as declared
 from sam_jax.methods._declare import find as find
 from sam_jax.methods._declare import hyperparameters as hyperparameters
 from sam_jax.methods._declare import is_method as is_method
+from sam_jax.methods._declare import lost_in_float32 as lost_in_float32
 from sam_jax.methods._declare import method as method

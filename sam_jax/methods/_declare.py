@@ -31,9 +31,21 @@ PROVIDED = (
 )
 _KINDS = {float: 'float', int: 'int', bool: 'bool', str: 'str'}
 # Of float32, in which a step computes: what is smaller vanishes.
-_SMALLEST, _LARGEST = 1.1754944e-38, 3.4028234e38
+_FLOAT32_RANGE = 1.1754944e-38, 3.4028234e38
 _BOOLS = {'true': True, 'false': False}
 _Function = TypeVar('_Function', bound=Callable)
+
+
+def lost_in_float32(number: float) -> str:
+  """Why a number cannot be an argument of a step, '' where it can.
+
+  >>> lost_in_float32(0.1), lost_in_float32(1e-60)
+  ('', 'float32 has 0 and numbers from 1.2e-38 to 3.4e+38 only')
+  """
+  smallest, largest = _FLOAT32_RANGE
+  if not number or smallest <= abs(number) <= largest:
+    return ''
+  return f'float32 has 0 and numbers from {smallest:.2g} to {largest:.2g} only'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,9 +191,8 @@ class Hyperparameter:
       except (TypeError, ValueError):
         number = math.nan
       if math.isfinite(number) and self.kind == 'float':
-        if number and not _SMALLEST <= abs(number) <= _LARGEST:
-          span = f'{_SMALLEST:.2g} to {_LARGEST:.2g}'
-          raise self._error(value, f'float32 has 0 and numbers from {span} only')
+        if reason := lost_in_float32(number):
+          raise self._error(value, reason)
         return number
       if math.isfinite(number) and number == int(number):
         return int(number)

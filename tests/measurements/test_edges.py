@@ -270,10 +270,13 @@ def test_what_was_never_measured_has_no_median():
     'update_alignment': 0.5,
     'num_matvecs': 3,
   }
-  found = edges.summarize([line])
+  found = edges.summarize([line], line['step'])
   assert found['median_lambda_over_edge'] is None
   assert found['median_update_alignment'] == 0.5
-  assert edges.summarize([line])['max_relative_residual'] is None
+  assert edges.summarize([line], line['step'])['max_relative_residual'] is None
+  # Of a run that was measured early only, nothing is known of the last third.
+  early = edges.summarize([line], 2 * line['step'] + 10)
+  assert early['median_gradient_alignment'] is None and early['text'] == ''
 
 
 def test_a_share_makes_measurements_seldom(problem):

@@ -186,3 +186,21 @@ def test_numbers_that_are_none_are_refused(make, words):
 def test_texts_are_no_numbers():
   with pytest.raises(TypeError, match="alpha must be a number, got '0.4'"):
     sam_jax.gsam(alpha='0.4')
+
+
+@pytest.mark.parametrize(
+  ('gamma', 'kept'), [(0.29, 29), (0.57, 57), (0.5, 50), (1, 100)]
+)
+def test_esam_keeps_the_share_that_it_is_told(gamma, kept):
+  """In binary .29 * 100 is just below 29."""
+  seen = []
+
+  def grad_fn(w, indices):
+    seen.append(len(indices))
+    return w
+
+  tx = sam_jax.esam(0.1, gamma=gamma, key=0)
+  w = jnp.ones(3)
+  losses = lambda w: jnp.arange(100.0) * w.sum()
+  tx.update(w, tx.init(w), w, grad_fn=grad_fn, example_losses_fn=losses)
+  assert seen[-1] == kept

@@ -324,7 +324,7 @@ class _Counted(Hook):
     (workdir / 'counted.txt').write_text(str(len(lines)))
     return True
 
-  def summarize(self, lines):
+  def summarize(self, lines, step):
     return {'last': lines[-1]['calls']}
 
 
