@@ -141,7 +141,15 @@ def top_eigenpairs(
     left = state.num_matvecs < max_num_matvecs
     return left & finite & ~done & ~search.complete(state)
 
-  state = jax.lax.while_loop(go_on, lambda s: search.step(s, queue), state)
+  def turn(state):
+    # The shrinking has a loop of its own, so that the inner one adds its vectors in
+    # place: a branch that returns the stacks copies them at every product.
+    state = jax.lax.cond(state.size == rows, search.shrink, lambda s: s, state)
+    return jax.lax.while_loop(
+      lambda s: go_on(s) & (s.size < rows), lambda s: search.step(s, queue), state
+    )
+
+  state = jax.lax.while_loop(go_on, turn, state)
   found = stacks.combine(state.basis, state.rotation[:, :block])
   return TopEigenpairs(
     eigenvalues=state.values[:k],
@@ -222,13 +230,13 @@ class _Search:
     number = state.num_matvecs
     queued = stacks.take(queue, jnp.minimum(number, count - 1))
     candidate = stacks.where(number < count, queued, state.expansion)
-    state = jax.lax.cond(state.size == self.rows, self._shrink, lambda s: s, state)
     fresh = jax.random.fold_in(self.key, number)
     vector = stacks.orthonormal(candidate, state.basis, fresh)
     image = self.matvec(vector)
     basis = stacks.put(state.basis, vector, state.size)
     images = stacks.put(state.images, image, state.size)
-    column = stacks.dots(basis, stacks.take(images, state.size))
+    # Of the product itself: a vector taken from the new stack makes XLA copy the old.
+    column = stacks.dots(basis, image)
     projected = state.projected.at[:, state.size].set(column)
     projected = projected.at[state.size, :].set(column)
     size = state.size + 1
@@ -278,7 +286,7 @@ class _Search:
     vectors = jnp.where(used[:, None] & inside[None], vectors, 0)
     return jnp.where(inside, values * unit, 0)[order], vectors[:, order]
 
-  def _shrink(self, state: _State) -> _State:
+  def shrink(self, state: _State) -> _State:
     """Keeps the span of the Ritz vectors that are most wanted, a block of them."""
     if self.rows == self.size:
       return state
