@@ -92,13 +92,13 @@ class Noise(Hook):
 
   def draw(self, workdir: pathlib.Path, lines: Sequence[dict[str, Any]]) -> bool:
     """Draws `noise.png`, whole or not at all."""
-    label = 'noise kernel norm' + (' (exact)' if self._exact else '')
+    label = 'exact' if self._exact else 'estimate, with its 95 % band'
     band_figure.save(
       workdir / FILE_NAME,
       lines,
       [band_figure.Band('noise_kernel_norm', 'standard_error', label, 'C0')],
       [band_figure.Edge('edge', 'above this the noise grows', 'k--')],
-      ylabel='K',
+      ylabel='noise kernel norm K',
       title=config_lib.title(self._config),
     )
     return True
