@@ -175,6 +175,8 @@ def summarize(lines: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:
   """
   found, told = {'measured': len(lines)}, []
   for end in ('', '_of_sam'):
+    if end and not any(f'batch_sharpness{end}' in line for line in lines):
+      continue
     for plateau in _PLATEAUS:
       ratios = [
         (line['step'], line[f'batch_sharpness{end}'] / line[plateau])
@@ -182,14 +184,10 @@ def summarize(lines: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:
         if line.get(f'batch_sharpness{end}') is not None and line[plateau]
       ]
       name = f'mean_batch_sharpness{end}_over_{plateau}'
-      mean, interval = blocks.late_mean(ratios, step)
-      if end and not any(f'batch_sharpness{end}' in line for line in lines):
-        continue
-      found[name], found[f'{name}_interval'] = mean, interval
-      if mean is not None:
-        shown = blocks.show(mean, interval)
-        label = f'batch sharpness{end.replace("_", " ")} / {plateau.replace("_", " ")}'
-        told.append(f'{label} {shown}')
+      found[name], found[f'{name}_interval'] = blocks.late_mean(ratios, step)
+      if found[name] is not None:
+        shown = blocks.show(found[name], found[f'{name}_interval'])
+        told.append(f'batch sharpness{end} / {plateau}'.replace('_', ' ') + f' {shown}')
   text = f'means of the last third: {", ".join(told)}' if told else ''
   return {**found, 'text': text}
 
