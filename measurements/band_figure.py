@@ -36,12 +36,12 @@ class Edge(NamedTuple):
   """An edge that a quantity is compared with.
 
   Attributes:
-    name: of its entry, or a number.
+    name: of its entry.
     label: in the legend.
     style: of its line.
   """
 
-  name: str | float
+  name: str
   label: str
   style: str
 
@@ -92,11 +92,8 @@ def draw(
       steps, values - half, values + half, color=band.color, alpha=0.2, linewidth=0
     )
   for edge in edges:
-    if isinstance(edge.name, float):
-      axes.axhline(edge.name, label=edge.label, linewidth=1, **_of(edge.style))
-    else:
-      values = _column(lines, edge.name)
-      axes.plot(steps, values, edge.style, label=edge.label, linewidth=1)
+    values = _column(lines, edge.name)
+    axes.plot(steps, values, edge.style, label=edge.label, linewidth=1)
   axes.set(yscale='log', xlabel='step', ylabel=ylabel)
   curves.label_plainly(axes.yaxis)
   axes.grid(alpha=0.3)
@@ -107,7 +104,3 @@ def draw(
 
 def _column(lines: Sequence[dict[str, Any]], name: str) -> np.ndarray:
   return np.array([line.get(name) for line in lines], float)
-
-
-def _of(style: str) -> dict[str, str]:
-  return {'color': style[0], 'linestyle': style[1:]}
