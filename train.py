@@ -75,14 +75,15 @@ def _define_flags(task: str, names: Sequence[str]) -> cli.Flags:
   flags.define(
     'track_on',
     'str',
-    'the examples: batch (those of the step that comes), train (all), or a number',
+    'the examples of --track=edges: batch (those of the step that comes), train (all), '
+    'or a number',
     'batch',
   )
   flags.define(
     'track_share',
     'float',
-    "largest share of a run's gradients that tracking may spend, which it stretches "
-    '--track_every for; 0: no bound',
+    "largest share of a run's gradients that --track=edges may spend, which it "
+    'stretches --track_every for; 0: no bound',
     0.0,
   )
   flags.heading('This start')
@@ -159,6 +160,11 @@ def _hooks(flags, problem, config) -> list[hooks.Hook]:
   for name in ('track_every', 'track_on', 'track_share'):
     if flags[name].present and not tracked:
       raise UsageError(f'--{name} has no effect without --track.')
+  for name in ('track_on', 'track_share'):
+    if flags[name].present and tracked and not measurements.adjustable(tracked):
+      raise UsageError(
+        f'--{name} has no effect with --track={",".join(tracked)}: it belongs to edges.'
+      )
   return [
     *(measurements.hook(name, problem, config, flags.measure_every) for name in names),
     *(

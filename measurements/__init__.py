@@ -11,6 +11,7 @@ from measurements.registry import find as find
 from measurements.registry import options_class as options_class
 from measurements.runner import Measurer as Measurer
 from measurements.runner import measure as measure
+from measurements.while_training import adjustable as adjustable
 from measurements.while_training import hook as hook
 from measurements.while_training import hooks as hooks
 from measurements.while_training import tracker as tracker

@@ -299,13 +299,18 @@ def track(
     Stability, arXiv 2103.00065; Long and Bartlett, Sharpness-Aware Minimization and the
     Edge of Stability, arXiv 2309.12488.
   """
-  if every < 0:
-    raise UsageError(f'--track_every={every}: must not be negative.')
+  check_every(every)
   if not 0 <= share < 1:
     raise UsageError(f'--track_share={share:g}: must be at least 0 and below 1.')
   _check_examples(problem, on)
   _check_method(config)
   return Edges(problem, config, every, on, share)
+
+
+def check_every(every: int) -> None:
+  """Refuses a number of steps between measurements that is negative."""
+  if every < 0:
+    raise UsageError(f'--track_every={every}: must not be negative.')
 
 
 def _check_examples(problem: Problem, on: str) -> None:
@@ -323,11 +328,33 @@ def _check_examples(problem: Problem, on: str) -> None:
 
 
 def _check_method(config: Config) -> None:
-  function = methods.get(config.optimizer)
-  if function is None:
+  if methods.get(config.optimizer) is None:
     return
-  traits, start = function.traits, f'--track={NAME}'
+  start = f'--track={NAME}'
   instead = 'train with --measure=eigenvalues, which tells lambda_max.'
+  check_clean_gradient(config, NAME, instead)
+  tx, _ = optimizers.descent(config, 1)
+  like = {'w': jax.ShapeDtypeStruct((1,), np.float32)}
+  state = jax.eval_shape(tx.init, like)
+  if 'rho' not in optimizers.recorded(state):
+    raise UsageError(
+      f'{start}: the state of --optimizer={config.optimizer} holds no rho, the radius '
+      f'that its schedule has reached, without which there is no edge; {instead}'
+    )
+
+
+def check_clean_gradient(config: Config, name: str, instead: str) -> None:
+  """Refuses methods that do not step from the gradient of a batch at w.
+
+  Args:
+    config: the run's, with a method.
+    name: of the tracker.
+    instead: what the user can do, the end of a sentence.
+
+  Raises:
+    UsageError: the method, or its groups.
+  """
+  traits, start = methods.get(config.optimizer).traits, f'--track={name}'
   if traits.one_gradient:
     raise UsageError(
       f'{start}: --optimizer={config.optimizer} takes no gradient at w, so that its '
@@ -342,12 +369,4 @@ def _check_method(config: Config) -> None:
     raise UsageError(
       f'{start}: with --m_sharpness={config.m_sharpness} each group has a gradient '
       f'norm and an edge of its own; leave it out, or {instead}'
-    )
-  tx, _ = optimizers.descent(config, 1)
-  like = {'w': jax.ShapeDtypeStruct((1,), np.float32)}
-  state = jax.eval_shape(tx.init, like)
-  if 'rho' not in optimizers.recorded(state):
-    raise UsageError(
-      f'{start}: the state of --optimizer={config.optimizer} holds no rho, the radius '
-      f'that its schedule has reached, without which there is no edge; {instead}'
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Iterable
 
-from measurements import edges, registry
+from measurements import batch_sharpness, edges, noise, registry
 from measurements.context import Context
 from measurements.measurement import Measurement
 from measurements.network import Network
@@ -70,7 +71,13 @@ class Hook(hooks_lib.Hook):
 
 
 # Measurements that need more than the parameters, by the name that --track takes.
-_TRACKERS = {edges.NAME: edges.track}
+_TRACKERS = {
+  edges.NAME: edges.track,
+  batch_sharpness.NAME: batch_sharpness.track,
+  noise.NAME: noise.track,
+}
+# Those that heed which examples, and which share; others take the whole split.
+_ADJUSTABLE = (edges.NAME,)
 
 
 def trackers() -> tuple[str, ...]:
@@ -93,15 +100,22 @@ def tracker(
     problem: what is trained.
     config: the run's.
     every: steps between measurements; 0 is the end of each epoch.
-    on: the examples: 'batch' (of the step that comes), 'train', or a number of them.
-    share: largest share of a run's gradients that it may spend; 0 is no bound.
+    on: the examples of 'edges': 'batch' (of the step that comes), 'train', or a number
+      of them; the others draw from the whole training split.
+    share: largest share of a run's gradients that 'edges' may spend; 0 is no bound.
 
   Raises:
     UsageError: there is no such tracker, or it refuses its arguments.
   """
   if name not in _TRACKERS:
     raise UsageError(f'--track={name}: choose of {", ".join(_TRACKERS)}.')
-  return _TRACKERS[name](problem, config, every, on, share)
+  heeded = (on, share) if name in _ADJUSTABLE else ()
+  return _TRACKERS[name](problem, config, every, *heeded)
+
+
+def adjustable(names: Iterable[str]) -> bool:
+  """Whether any of some trackers heeds which examples it takes and its share."""
+  return any(name in _ADJUSTABLE for name in names)
 
 
 def hooks() -> tuple[str, ...]:

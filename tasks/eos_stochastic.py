@@ -1,20 +1,22 @@
 r"""The stochastic edge of stability: odd or even digits, one output, small batches.
 
-python train.py --task=eos_stochastic --scale=small --batch_size=32 --track=edges \
-    --track_every=1000 --track_on=train --manual_dir=DIR
+python train.py --task=eos_stochastic --scale=small --batch_size=32 \
+    --track=edges,batch_sharpness,noise --track_every=1000 --track_on=train \
+    --manual_dir=DIR
 
 Odd digits of MNIST have the target 1, even ones -1; a perceptron of one output and half
 its squared error. With this loss and one output an example the noise kernel norm of
-Agarwala and Pennington (arXiv 2404.19261) has its plain form,
-K = eta (1/B - 1/D) sum_a l_a / (2 - eta l_a) over the eigenvalues l_a of the tangent
-kernel J J^T / D, and descent with batches of B is unstable where K = 1;
-`sam_jax.edges` computes it, and batch sharpness. They find that sharpness rises more
-slowly the smaller the batches are. Network and number of images are this project's
-choice: two hidden layers of 200 tanh, and the first 10,000 images of the training set,
-tested on the first 1,000 test images. Images are divided by 256, less their mean.
-DIR holds the publisher's four files; without them they are downloaded. --scale=small
-has the first 1,000 test images, tested on the next 1,000, and needs the two files of
-the test images only.
+Agarwala and Pennington (arXiv 2404.19261) has its plain form, K = eta (1/B - 1/D) sum_a
+l_a / (2 - eta l_a) over the eigenvalues l_a of the tangent kernel J J^T / D, and
+descent with batches of B is unstable where K = 1; `sam_jax.edges` computes it, and
+batch sharpness, which SGD is reported to hold at 2 / eta; docs/edge_of_stability.md
+says what the lines of the trackers hold. Agarwala and Pennington find that sharpness
+rises more slowly the smaller the batches are. Network and number of images are this
+project's choice: two hidden layers of 200 tanh, and the first 10,000 images of the
+training set, tested on the first 1,000 test images. Images are divided by 256, less
+their mean. DIR holds the publisher's four files; without them they are downloaded.
+--scale=small has the first 1,000 test images, tested on the next 1,000, and needs the
+two files of the test images only.
 """
 
 import numpy as np

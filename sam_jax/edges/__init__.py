@@ -19,4 +19,9 @@ from sam_jax.edges.formulas import heavy_ball_edge as heavy_ball_edge
 from sam_jax.edges.formulas import nesterov_edge as nesterov_edge
 from sam_jax.edges.formulas import sam_edge as sam_edge
 from sam_jax.edges.formulas import usam_edge as usam_edge
+from sam_jax.edges.noise import SquaredError as SquaredError
 from sam_jax.edges.noise import noise_kernel_norm as noise_kernel_norm
+from sam_jax.edges.noise import (
+  noise_kernel_norm_of_spectrum as noise_kernel_norm_of_spectrum,
+)
+from sam_jax.edges.noise import squared_error as squared_error

@@ -72,6 +72,52 @@ def test_1_parts_growth_from_decay_of_the_exact_second_moment(x64, norm):
   assert (errors[-1] > errors[-100]) == (norm > 1)
 
 
+@pytest.mark.parametrize('momentum', [0.5, 0.9])
+@pytest.mark.parametrize('norm', [0.9, 1.1])
+def test_1_parts_growth_from_decay_under_momentum(norm, momentum):
+  """The second moment of the parameters and the velocity of heavy ball, exactly."""
+  x = design()
+  hessian, eye = x.T @ x / D, np.eye(24)
+  values = np.linalg.eigvalsh(hessian)
+  low, high = 0.0, 2 * (1 + momentum) / values.max()
+  found = lambda rate: edges.noise_kernel_norm_of_spectrum(
+    values, learning_rate=rate, batch_size=B, num_examples=D, momentum=momentum
+  )
+  for _ in range(60):
+    middle = (low + high) / 2
+    low, high = (middle, high) if found(middle) < norm else (low, middle)
+  # v = b v + H w + noise, w = w - rate v.
+  step = np.block(
+    [[eye - low * hessian, -low * momentum * eye], [hessian, momentum * eye]]
+  )
+  into = np.array([[low**2, -low], [-low, 1.0]])
+  moment, errors = np.eye(48), []
+  for _ in range(600):
+    noise = x.T * np.einsum('ia,ab,ib->i', x, moment[:24, :24], x) @ x
+    noise *= (B / D) * (1 - B / D) / B**2
+    moment = step @ moment @ step.T + np.kron(into, noise)
+    errors.append(np.trace(x @ moment[:24, :24] @ x.T))
+  assert (errors[-1] > errors[-100]) == (norm > 1)
+
+
+def test_a_spectrum_gives_the_norm_of_its_matrix(x64):
+  w, batch = small_network(3)
+  values = np.linalg.eigvalsh(theta_of(w, batch))
+  for momentum in (0.0, 0.6):
+    settings = {
+      'learning_rate': 1.3 / values.max(),
+      'batch_size': 5,
+      'momentum': momentum,
+    }
+    wanted = edges.noise_kernel_norm_of_spectrum(
+      values, num_examples=30, num_outputs=3, **settings
+    )
+    found = edges.noise_kernel_norm(network, sum_of_squares, w, [batch], **settings)
+    np.testing.assert_allclose(found.value, wanted, rtol=1e-9)
+  error = edges.squared_error(network, mean_of_squares, w, [batch])
+  np.testing.assert_allclose(error, (3, 2 / 3))
+
+
 @jax.jit
 def runs_of_sgd(x, rate, start, keys):
   """The mean squared error over many runs of SGD on least squares."""
@@ -235,6 +281,7 @@ def test_other_losses_are_refused(loss):
     ({'batch_size': 0}, 'batch_size=0'),
     ({'learning_rate': -1.0}, 'learning_rate=-1.0'),
     ({'num_probes': 1}, 'num_probes=1'),
+    ({'momentum': 1.0}, 'momentum=1.0'),
   ],
 )
 def test_arguments_out_of_range_are_refused(settings, sentence):

@@ -58,6 +58,17 @@ _TRAIN = """
 --track=edges --track_on=99999
 --track=edges --track_share=1
 --optimizer=sgd,sam --track=edges
+--track=edges,edges
+--track=edges,batch_sharpness --track_on=99999
+--track=batch_sharpness --track_every=-1
+--track=batch_sharpness --track_on=train
+--track=batch_sharpness --track_share=0.1
+--optimizer=msam --base_optimizer=momentum --track=batch_sharpness
+--optimizer=esam --track=batch_sharpness
+--optimizer=sam --m_sharpness=8 --track=batch_sharpness
+--track=noise
+--task=diabetes_mlp --optimizer=adam --track=noise
+--task=diabetes_mlp --optimizer=sam --track=batch_sharpness,noise
 --optimizer=sam --m_sharpness=-8
 --optimizer=sam --m_sharpness=64
 --m_sharpness=8
