@@ -59,7 +59,7 @@ def test_a_network_against_its_dense_hessian(x64, tmp_path):
       expected[i, j] = abs(values[0] / values[-1])
   result = evaluate(1e-8)
   np.testing.assert_allclose(result.loss, expected, rtol=1e-6)
-  assert result.value == 'lambda_min/lambda_max'
+  assert result.value == '|lambda_min/lambda_max|'
   assert seen == [(i, 6) for i in range(1, 7)]
   again = evaluate(1e-8, iter(_BATCHES))
   np.testing.assert_array_equal(again.loss, result.loss)
