@@ -402,10 +402,8 @@ def perturb(params: optax.Params, eps: optax.Updates) -> optax.Params:
   """``params + eps`` in at least float32.
 
   Half-precision parameters come out in float32: at 1e7 bfloat16 weights and rho = .05,
-  rounding the sum to bfloat16 would eat 82 % of the perturbation.
-
-  Raises:
-    TreeError: eps is no tree like params.
+  rounding the sum to bfloat16 would eat 82 % of the perturbation. Raises a TreeError
+  where ``eps`` is no tree like them.
   """
   trees.require_alike(eps, params)
   return jax.tree.map(
