@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sam_jax import perturbations, varying
+from sam_jax import perturbations, trees, varying
 
 ScalarOrSchedule = float | jax.Array | optax.Schedule
 ValueAndGrad = Callable[[optax.Params], tuple[jax.Array, optax.Updates]]
@@ -45,7 +45,9 @@ def init_record(params: optax.Params) -> Record:
 
   Raises:
     TypeError: a leaf of params is not real.
+    TreeError: a part of the parameters is masked.
   """
+  trees.require_whole(params)
   for path, leaf in jax.tree.leaves_with_path(params):
     found = jnp.result_type(leaf)
     if not jnp.issubdtype(found, jnp.floating):
@@ -251,8 +253,8 @@ def resolve(value: ScalarOrSchedule, count: jax.Array) -> jax.Array | float:
 
 
 def is_off(rho: ScalarOrSchedule) -> bool:
-  """Whether rho is a Python 0, known while tracing."""
-  return isinstance(rho, (int, float)) and rho == 0
+  """Whether rho is a Python or NumPy 0, known while tracing."""
+  return not isinstance(rho, jax.Array) and rho == 0
 
 
 def where_on(
@@ -400,8 +402,10 @@ def perturb(params: optax.Params, eps: optax.Updates) -> optax.Params:
   """``params + eps`` in at least float32.
 
   Half-precision parameters come out in float32: at 1e7 bfloat16 weights and rho = .05,
-  rounding the sum to bfloat16 would eat 82 % of the perturbation.
+  rounding the sum to bfloat16 would eat 82 % of the perturbation. Raises a TreeError
+  where ``eps`` is no tree like them.
   """
+  trees.require_alike(eps, params)
   return jax.tree.map(
     lambda w, e: w + e.astype(w.dtype), perturbations.at_least_float32(params), eps
   )

@@ -96,7 +96,7 @@ def adaptive(
     Kwon et al., ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant
     Learning of Deep Neural Networks, 2021, eq. 4 and section 3.1 (arXiv:2102.11600).
   """
-  if isinstance(eta, (int, float)) and not 0 <= eta < math.inf:
+  if not isinstance(eta, jax.Array) and not 0 <= eta < math.inf:
     raise ValueError(
       f'eta must be at least 0 and finite, got {eta}: eta is added to |w|.'
     )

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam_jax.curvature import stacks
+
 _CHUNK = 4096
 
 
@@ -49,11 +51,16 @@ def stream(key: jax.Array | None, number: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """How a pytree is laid out as a (chunks, chunk) array, padded with zeros."""
+  """How a pytree is laid out as a (chunks, chunk) array, padded with zeros.
+
+  On an explicit mesh the leaves lie as the parameters do, and the array is whole on
+  each device.
+  """
 
   treedef: Any
   shapes: tuple[tuple[int, ...], ...]
   dtypes: tuple[np.dtype, ...]
+  shardings: tuple[jax.sharding.NamedSharding | None, ...]
   dtype: np.dtype
   size: int
 
@@ -64,6 +71,7 @@ class Layout:
       treedef=treedef,
       shapes=tuple(leaf.shape for leaf in leaves),
       dtypes=tuple(np.dtype(leaf.dtype) for leaf in leaves),
+      shardings=tuple(stacks.explicit_sharding(leaf) for leaf in leaves),
       dtype=np.dtype(jnp.promote_types(jnp.result_type(*leaves), jnp.float32)),
       size=sum(math.prod(leaf.shape) for leaf in leaves),
     )
@@ -258,7 +266,12 @@ def rescale(x: jax.Array, scale: float) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _pack(layout, tree):
-  leaves = [leaf.astype(layout.dtype).ravel() for leaf in jax.tree.leaves(tree)]
+  leaves = [
+    (leaf if sharding is None else jax.sharding.reshard(leaf, jax.P()))
+    .astype(layout.dtype)
+    .ravel()
+    for leaf, sharding in zip(jax.tree.leaves(tree), layout.shardings, strict=True)
+  ]
   return _fold(layout, jnp.concatenate(leaves))
 
 
@@ -271,9 +284,10 @@ def _fold(layout, flat):
 def _unpack(layout, vector):
   sizes = [math.prod(shape) for shape in layout.shapes]
   flat = jnp.split(vector.ravel()[: layout.size], np.cumsum(sizes)[:-1])
+  described = zip(layout.shapes, layout.dtypes, layout.shardings, strict=True)
   leaves = [
-    part.reshape(shape).astype(dtype)
-    for part, shape, dtype in zip(flat, layout.shapes, layout.dtypes, strict=True)
+    stacks.placed(part.reshape(shape).astype(dtype), sharding)
+    for part, (shape, dtype, sharding) in zip(flat, described, strict=True)
   ]
   return jax.tree.unflatten(layout.treedef, leaves)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam_jax.curvature import basis as basis_lib
-from sam_jax.curvature import lanczos, operators, transforms
+from sam_jax.curvature import lanczos, operators, stacks, transforms
 from sam_jax.curvature import pairs as pairs_lib
 
 
@@ -279,9 +279,8 @@ def _signs(key: jax.Array, operator: operators.Operator) -> Any:
   """A random vector of -1 and 1."""
   leaves, treedef = jax.tree.flatten(operator.structure)
   keys = jax.random.split(key, len(leaves))
-  return treedef.unflatten(
-    [
-      jax.random.rademacher(leaf_key, leaf.shape, leaf.dtype)
-      for leaf_key, leaf in zip(keys, leaves, strict=True)
-    ]
-  )
+  signs = [
+    jax.random.rademacher(leaf_key, leaf.shape, leaf.dtype)
+    for leaf_key, leaf in zip(keys, leaves, strict=True)
+  ]
+  return stacks.place(treedef.unflatten(signs), operator.structure)

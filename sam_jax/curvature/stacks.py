@@ -28,27 +28,32 @@ def structure(like: Any) -> Any:
   if not sum(leaf.size for leaf in jax.tree.leaves(described)):
     raise ValueError('the vectors have no entries: give a pytree with parameters')
   return jax.tree.map(
-    lambda leaf, given: jax.ShapeDtypeStruct(
+    lambda leaf: jax.ShapeDtypeStruct(
       leaf.shape,
       jnp.promote_types(leaf.dtype, jnp.float32),
-      sharding=_explicit_sharding(given),
+      sharding=explicit_sharding(leaf),
     ),
     described,
-    like,
   )
 
 
 def random(key: jax.Array, like: Any) -> Any:
   """A standard normal vector, on an explicit mesh placed as a given one."""
 
-  def place(leaf, given):
-    sharding = _explicit_sharding(given)
-    return leaf if sharding is None else jax.sharding.reshard(leaf, sharding)
-
-  return jax.tree.map(place, optax.tree.random_like(key, like), like)
+  return place(optax.tree.random_like(key, like), like)
 
 
-def _explicit_sharding(leaf: Any) -> jax.sharding.NamedSharding | None:
+def place(vector: Any, like: Any) -> Any:
+  """A vector, on an explicit mesh placed as a given one."""
+  return jax.tree.map(lambda x, y: placed(x, explicit_sharding(y)), vector, like)
+
+
+def placed(leaf: jax.Array, sharding: jax.sharding.NamedSharding | None) -> jax.Array:
+  """A leaf with an explicit sharding, if there is one."""
+  return leaf if sharding is None else jax.sharding.reshard(leaf, sharding)
+
+
+def explicit_sharding(leaf: Any) -> jax.sharding.NamedSharding | None:
   """The sharding of a leaf where that is part of its type."""
   if not isinstance(leaf, jax.ShapeDtypeStruct):
     leaf = jax.typeof(leaf)
@@ -60,9 +65,11 @@ def _explicit_sharding(leaf: Any) -> jax.sharding.NamedSharding | None:
 
 
 def describe(leaf: Any) -> jax.ShapeDtypeStruct:
-  """The shape and dtype of a leaf of the parameters, which must be floating point."""
+  """Shape, dtype and explicit sharding of a floating-point leaf of the parameters."""
   if not isinstance(leaf, jax.ShapeDtypeStruct):
-    leaf = jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
+    leaf = jax.ShapeDtypeStruct(
+      np.shape(leaf), jnp.result_type(leaf), sharding=explicit_sharding(leaf)
+    )
   if not jnp.issubdtype(leaf.dtype, jnp.floating):
     raise TypeError(
       f'a leaf of the parameters has dtype {leaf.dtype}: only real floating-point '

@@ -7,6 +7,7 @@ given for a network, the sharpness of the loss is compared with it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 from sam_jax import perturbations
 from sam_jax.curvature import products
 
-Scalars = jax.Array | np.ndarray | float
+Scalars = jax.Array | np.ndarray | Sequence[float] | float
 
 
 class Plateaus(NamedTuple):
@@ -167,8 +168,9 @@ def sam_edge(
   the norm taken as constant, and the optimizer that gets this gradient meets its edge
   where the product with the eigenvalue does.
 
-  This form loses no digits for small rho, and is evaluated such that neither a large
-  nor a small norm leaves the range of float32.
+  This form loses no digits for small rho, and is evaluated such that nothing but the
+  edge itself leaves the range of float32. Its derivatives are finite at rho = 0 too,
+  where that by rho is :math:`-E^2 / |g|`; that by a norm of 0 is taken as 0.
 
   Args:
     gradient_norm: norm |g| of the clean gradient over all parameters; a number or an
@@ -197,15 +199,34 @@ def sam_edge(
   )
   edge = _momentum_edge(rate, momentum, nesterov=nesterov)
   finite = jnp.isfinite(edge)
-  at = jnp.where(finite, edge, 1)
-  # Multiplied through by sqrt|g|. The product of three square roots stays in range
-  # where rho * E or rho * E / |g| does not.
-  root = jnp.sqrt(norm)
-  across = jnp.hypot(root, 2 * jnp.sqrt(rho) * jnp.sqrt(at))
-  below = root + across
-  share = 2 * root / jnp.where(below > 0, below, 1)
-  share = jnp.where((rho == 0) & ~jnp.isnan(norm), 1, share)
-  return jnp.where(finite, share * at, edge)
+  return jnp.where(finite, _perturbed(norm, rho, jnp.where(finite, edge, 1)), edge)
+
+
+@jax.custom_jvp
+def _perturbed(norm: jax.Array, rho: jax.Array, edge: jax.Array) -> jax.Array:
+  """The positive root of ``x (1 + rho x / norm) = edge``, for a finite edge."""
+  # With square roots every product and quotient here stays in range, where rho * edge
+  # or rho * edge / norm does not.
+  high, low = jnp.sqrt(edge), jnp.sqrt(norm)
+  half = low / high / 2
+  below = half + jnp.hypot(half, jnp.sqrt(rho))
+  root = high * low / jnp.where(below > 0, below, 1)
+  return jnp.where((rho == 0) & ~jnp.isnan(norm), edge, root)
+
+
+@_perturbed.defjvp
+def _perturbed_jvp(primals, tangents):
+  """From the equation, because that of a square root at rho = 0 is infinite."""
+  norm, rho, edge = primals
+  root = _perturbed(norm, rho, edge)
+  share = root / edge
+  by_edge = share / (2 - share)
+  # Infinite where the norm is 0 and rho is not, and taken as 0 there.
+  over = jnp.where(norm > 0, root / jnp.where(norm > 0, norm, 1), 0)
+  by_rho = -root * over * by_edge
+  by_norm = rho * over * over * by_edge
+  change = (x * t for x, t in zip((by_norm, by_rho, by_edge), tangents, strict=True))
+  return root, sum(change)
 
 
 def usam_edge(
@@ -322,7 +343,7 @@ _BELOW_ONE = ('momentum', 'b1')
 
 
 def _numbers(**given: Scalars) -> list[jax.Array]:
-  """The arguments as arrays of one floating-point dtype and one shape.
+  """The arguments, lists too, as arrays of one floating-point dtype and one shape.
 
   Only plain numbers are checked: to look at an array waits for it, or cannot be done.
   """
@@ -334,5 +355,8 @@ def _numbers(**given: Scalars) -> list[jax.Array]:
       raise ValueError(
         f'{name}={value}: give a number of at least 0 and below {most:g}'
       )
+  given = {
+    k: np.asarray(x) if isinstance(x, list | tuple) else x for k, x in given.items()
+  }
   dtype = jnp.promote_types(jnp.result_type(*given.values()), jnp.float32)
   return jnp.broadcast_arrays(*(jnp.asarray(x, dtype) for x in given.values()))

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_jax import layouts
+from sam_jax import layouts, perturbations
+from sam_jax.curvature import products
 
 Params = Any
 Normalization = Literal['filter', 'layer', 'none']
@@ -51,7 +52,8 @@ def random_directions(
       `layouts.automatic`.
 
   Returns:
-    ``num`` pytrees like ``params``.
+    ``num`` pytrees like ``params``, in at least float32. No norm leaves the range of
+    the dtype, so that entries of any size give a direction of their size.
 
   Raises:
     ValueError: an argument is out of range, nothing is left to move, or the layout does
@@ -78,7 +80,7 @@ def random_directions(
   if num < 1:
     raise ValueError(f'num={num}: give at least one direction')
   leaves, treedef = jax.tree.flatten(params)
-  leaves = [jnp.asarray(leaf) for leaf in leaves]
+  leaves = products.at_least_float32(leaves)
   layout = layouts.automatic() if layout is None else layout
   if normalization == 'filter':
     _require_known(layout, params)
@@ -107,8 +109,8 @@ def random_directions(
   ]
   directions = [[draw[i] for draw in drawn] for i in range(num)]
   if normalization == 'none':
-    kept = [leaf * move for leaf, move in zip(leaves, moved, strict=True)]
-    directions = _orthogonal(directions, kept)
+    kept = [leaf for leaf, move in zip(leaves, moved, strict=True) if move]
+    directions = _orthogonal(directions, perturbations.norm(kept))
   return tuple(jax.tree.unflatten(treedef, direction) for direction in directions)
 
 
@@ -218,7 +220,12 @@ def trajectory(checkpoints: Sequence[Params], *, center: int = -1) -> Trajectory
 
 @jax.jit
 def move(params: Params, directions: Sequence[Params], coordinates: Any) -> Params:
-  """The parameters plus each direction times its coordinate, in their own type."""
+  """The parameters plus each direction times its coordinate, in at least float32.
+
+  Half-precision parameters are widened, as for curvature: most of a short step would be
+  lost in their rounding.
+  """
+  params = products.at_least_float32(params)
   for direction, coordinate in zip(directions, coordinates, strict=True):
     params = jax.tree.map(
       lambda p, d, c=coordinate: (p + c * d).astype(jnp.result_type(p)),
@@ -285,6 +292,18 @@ def require_alike(first: Params, second: Params, name: str) -> None:
     )
 
 
+def require_two(params: Params, directions: Sequence[Params]) -> None:
+  """Checks that there are two directions like the parameters."""
+  count = len(directions) if isinstance(directions, list | tuple) else 1
+  if count != 2:
+    raise ValueError(
+      f'directions: {count} given, a surface takes two; the loss along one is '
+      'landscape.line'
+    )
+  for number, direction in enumerate(directions, 1):
+    require_alike(params, direction, f'direction {number}')
+
+
 def _wide(leaf: Any) -> np.dtype:
   """The type of a direction at a leaf: its own, and at least float32."""
   return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
@@ -329,26 +348,24 @@ def _normalized(drawn, filters):
       for other in result:
         dots = (other * direction).sum(0, keepdims=True)
         direction = direction - other * dots
-    norms = jnp.linalg.norm(direction, axis=0, keepdims=True)
+    norms = _norms(direction)
     result.append(direction / jnp.where(norms > 0, norms, 1))
-  return jnp.stack(result) * jnp.linalg.norm(filters, axis=0)[None, None]
+  return jnp.stack(result) * _norms(filters)[None]
 
 
-def _orthogonal(directions, kept):
-  """Whole directions made orthogonal, with the norm of the parameters they move."""
-  size = _norm(kept)
+@jax.jit
+def _norms(filters):
+  """The norm of each column, (1, count), in the range of the dtype."""
+  return jax.vmap(perturbations.norm, in_axes=1)(filters)[None]
+
+
+def _orthogonal(directions, size):
+  """Whole directions made orthogonal, each of this norm."""
   result = []
   for direction in directions:
     for _ in range(2):
       for other in result:
         dot = sum(jnp.vdot(a, b) for a, b in zip(other, direction, strict=True))
-        direction = [
-          d - dot / size**2 * o for d, o in zip(direction, other, strict=True)
-        ]
-    factor = size / _norm(direction)
-    result.append([factor * d for d in direction])
-  return result
-
-
-def _norm(leaves):
-  return jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in leaves))
+        direction = [d - dot * o for d, o in zip(direction, other, strict=True)]
+    result.append(perturbations.on_sphere(direction))
+  return [[(size * d).astype(d.dtype) for d in direction] for direction in result]

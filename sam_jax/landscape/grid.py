@@ -38,7 +38,8 @@ def line(
 
   Args:
     loss_fn: ``loss_fn(params, batch) -> scalar``, the mean loss over the batch.
-    params: the point at x = 0.
+    params: the point at x = 0. Half-precision leaves are moved, and handed to
+      ``loss_fn``, in float32.
     direction: pytree like ``params``; between two networks it is their `difference`.
     x: coordinates, (nx,).
     batches: as for `surface`.
@@ -52,7 +53,8 @@ def line(
     The landscape, ``loss`` of shape (nx,).
 
   Raises:
-    ValueError: ``x`` is empty, no vector, or not finite.
+    ValueError: ``x`` is empty, no vector, or not finite, or ``direction`` is no pytree
+      like ``params``.
 
   >>> import jax.numpy as jnp
   >>> loss = lambda w, batch: jnp.mean(batch) * w ** 2
@@ -61,6 +63,7 @@ def line(
   [0.0, 1.0, 4.0]
   """
   x = axis('x', x)
+  directions_lib.require_alike(params, direction, 'direction')
   plane = _Plane(loss_fn, params, (direction,), x[:, None])
   loss = plane.evaluate(batches, weight, record, devices, progress)
   return Landscape(x=x, y=None, loss=loss, labels=(label,))
@@ -92,7 +95,8 @@ def surface(
   Args:
     loss_fn: ``loss_fn(params, batch) -> scalar``, the mean loss over the batch. It is
       compiled once a batch shape and device.
-    params: the point at (0, 0).
+    params: the point at (0, 0). Half-precision leaves are moved, and handed to
+      ``loss_fn``, in float32.
     directions: two pytrees like ``params``.
     x: coordinates along the first direction, (nx,).
     y: coordinates along the second direction, (ny,).
@@ -113,7 +117,8 @@ def surface(
     The landscape, ``loss`` of shape (ny, nx).
 
   Raises:
-    ValueError: ``x`` or ``y`` is empty, no vector, or not finite.
+    ValueError: ``x`` or ``y`` is empty, no vector, or not finite, or ``directions`` are
+      not two pytrees like ``params``.
 
   >>> import jax.numpy as jnp
   >>> loss = lambda w, batch: jnp.mean(batch) * w['a'] ** 2 + w['b']
@@ -126,6 +131,7 @@ def surface(
   [[0.0, 1.0], [2.0, 3.0]]
   """
   x, y = axis('x', x), axis('y', y)
+  directions_lib.require_two(params, directions)
   plane = _Plane(loss_fn, params, directions, points(x, y))
   loss = plane.evaluate(batches, weight, record, devices, progress)
   return Landscape(x=x, y=y, loss=loss.reshape(len(y), len(x)), labels=tuple(labels))
@@ -157,8 +163,6 @@ class _Plane:
     self.loss_fn = loss_fn
     self.params = params
     self.directions = tuple(directions)
-    for number, direction in enumerate(self.directions, 1):
-      directions_lib.require_alike(params, direction, f'direction {number}')
     self.coordinates = coordinates
 
   def evaluate(self, batches, weight, record, devices, progress) -> np.ndarray:

@@ -17,7 +17,7 @@ from sam_jax.landscape import grid
 from sam_jax.landscape import record as record_lib
 from sam_jax.landscape.result import Landscape
 
-EIGEN_RATIO = 'lambda_min/lambda_max'
+EIGEN_RATIO = '|lambda_min/lambda_max|'
 # How much of a random vector, of length about 1, is in the start of a search.
 _RANDOM = 0.1
 
@@ -48,7 +48,8 @@ def eigen_ratio(
 
   Args:
     loss_fn: ``loss_fn(params, batch) -> scalar``, the mean loss over the batch.
-    params: the point at (0, 0).
+    params: the point at (0, 0). Half-precision leaves are moved, and handed to
+      ``loss_fn``, in float32.
     directions: two pytrees like ``params``.
     x: coordinates along the first direction, (nx,).
     y: coordinates along the second direction, (ny,).
@@ -64,10 +65,14 @@ def eigen_ratio(
     progress: called with the number of points done and of all points.
 
   Returns:
-    The landscape, ``value`` 'lambda_min/lambda_max' and ``loss`` the ratio, of shape
+    The landscape, ``value`` '|lambda_min/lambda_max|' and ``loss`` the ratio, of shape
     (ny, nx). Where ``lambda_max`` is 0, but for rounding, the ratio is infinite, or 0
     if ``lambda_min`` is 0 too. It is NaN where the Hessian is not finite, or a pair did
     not converge.
+
+  Raises:
+    ValueError: ``x`` or ``y`` is empty, no vector, or not finite, or ``directions`` are
+      not two pytrees like ``params``.
 
   >>> import jax.numpy as jnp
   >>> loss = lambda w, batch: jnp.mean(batch) * (w[0] ** 4 - w[1] ** 2)
@@ -79,6 +84,7 @@ def eigen_ratio(
     Li et al., Visualizing the loss landscape of neural nets, arXiv 1712.09913, fig. 6.
   """
   x, y = grid.axis('x', x), grid.axis('y', y)
+  directions_lib.require_two(params, directions)
   coordinates = grid.points(x, y)
   if isinstance(batches, list | tuple | Iterator):
     batches = [jax.device_put(batch) for batch in batches]

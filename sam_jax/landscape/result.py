@@ -20,7 +20,7 @@ class Landscape:
     y: float64 (ny,), along the second direction; None on a line.
     loss: float64 (nx,) on a line, (ny, nx) on a surface; may hold infinity or NaN.
     labels: what the directions are, for the axes of a figure.
-    value: what ``loss`` holds: 'loss', or 'lambda_min/lambda_max' of `eigen_ratio`.
+    value: what ``loss`` holds: 'loss', or '|lambda_min/lambda_max|' of `eigen_ratio`.
     path: float64 (t, 2), coordinates of a trajectory on the surface; None without one.
     explained: the share of the trajectory's variance that each direction explains;
       empty without one.
@@ -89,13 +89,16 @@ def load(path: str | os.PathLike[str]) -> Landscape:
   ...   load(f'{folder}/line.npz').loss.tolist()
   [1.0, 1.0]
   """
+  # Older versions named the ratio without saying that it is absolute.
+  names = {'lambda_min/lambda_max': '|lambda_min/lambda_max|'}
   with npz.read(path, ('x', 'loss', 'labels'), 'Landscape.save') as arrays:
+    value = str(arrays.get('value', 'loss'))
     return Landscape(
       x=arrays['x'],
       y=arrays.get('y'),
       loss=arrays['loss'],
       labels=tuple(str(label) for label in arrays['labels']),
-      value=str(arrays.get('value', 'loss')),
+      value=names.get(value, value),
       path=arrays.get('path'),
       explained=tuple(float(share) for share in arrays.get('explained', ())),
     )

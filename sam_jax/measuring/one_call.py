@@ -83,7 +83,7 @@ def measure(
     average_case_sigma: standard deviation of the noise under which it is averaged.
     landscape_points: points a side of the loss surface, at least 2.
     landscape_extent: how far it reaches each way, in units of filter-normalised
-      directions. Without a matrix among the parameters all of them move.
+      directions. Where the matrices have fewer than two entries, all parameters move.
     key: typed PRNG key, or a seed, of all that is random.
     max_num_matvecs: most products for one set of eigenpairs.
     max_basis_gib: memory in GiB for Lanczos vectors.
@@ -95,8 +95,8 @@ def measure(
     What `summary.json` says.
 
   Raises:
-    ValueError: an argument is out of range, or the folder holds files of something
-      else or, without ``overwrite``, of an earlier call.
+    ValueError: an argument is out of range, the loss is no scalar, or the folder holds
+      files of something else or, without ``overwrite``, of an earlier call.
     ImportError: ``figures`` without matplotlib.
     NonFiniteError: the parameters or the data hold NaN or infinity.
 
@@ -128,7 +128,8 @@ def measure(
   params = at_least_float32(params)
   batches = [jax.device_put(batch) for batch in batches]
   subject = Subject(loss_fn, params, batches, weight, options, probes.typed_key(key))
-  _check(options, subject.operator.size)
+  _check(options, chosen, subject.operator.size)
+  _check_loss(loss_fn, params, batches)
   if figures and importlib.util.find_spec('matplotlib') is None:
     raise ImportError(
       'figures=True needs matplotlib: install it, or give figures=False'
@@ -157,8 +158,13 @@ def _chosen(parts: Sequence[str] | None) -> list[str]:
   return [part for part in PARTS if part in wanted]
 
 
-def _check(options: Options, size: int) -> None:
+def _check(options: Options, chosen: list[str], size: int) -> None:
   """Refuses what would fail only after much was measured."""
+  if 'landscape' in chosen and size < 2:
+    raise ValueError(
+      "parts: 'landscape' is a surface over two directions, and the network has one "
+      'parameter: name the parts without it'
+    )
   if not 1 <= options.k <= size:
     raise ValueError(f'k={options.k}: give at least 1 and at most the size, {size}')
   if not 0 < options.tol < 1:
@@ -180,6 +186,20 @@ def _check(options: Options, size: int) -> None:
   ):
     if not 0 < getattr(options, field) < np.inf:
       raise ValueError(f'{field}={getattr(options, field)}: give a number above 0')
+
+
+def _check_loss(loss_fn: LossFn, params: Params, batches: list[Batch]) -> None:
+  """Refuses a loss that is no mean over the batch."""
+  found = jax.eval_shape(loss_fn, params, batches[0])
+  if not hasattr(found, 'shape'):
+    raise ValueError(
+      f'loss_fn returns a {type(found).__name__}: give one that returns the loss alone'
+    )
+  if found.shape:
+    raise ValueError(
+      f'loss_fn returns an array of shape {found.shape}: give one that returns a '
+      'scalar, the mean over the batch'
+    )
 
 
 def _claim(folder: pathlib.Path, overwrite: bool) -> None:

@@ -189,16 +189,15 @@ def _average_case(subject: Subject) -> dict[str, Any]:
 
 def _landscape(subject: Subject) -> dict[str, Any]:
   options, params = subject.options, subject.params
-  matrices = any(np.ndim(leaf) >= 2 for leaf in jax.tree.leaves(params))
+  leaves = jax.tree.leaves(params)
+  weights = sum(np.size(leaf) for leaf in leaves if np.ndim(leaf) >= 2)
   axis = np.linspace(
     -options.landscape_extent, options.landscape_extent, options.landscape_points
   )
   result = landscape.surface(
     subject.loss_fn,
     params,
-    landscape.random_directions(
-      subject.key_of(3), params, include_vectors=not matrices
-    ),
+    landscape.random_directions(subject.key_of(3), params, include_vectors=weights < 2),
     axis,
     axis,
     subject.batches,

@@ -93,7 +93,7 @@ def esam(
   """
   ascent.check_rho(rho)
   for name, share in (('beta', beta), ('gamma', gamma)):
-    if isinstance(share, (int, float)) and not 0 < share <= 1:
+    if not isinstance(share, jax.Array) and not 0 < share <= 1:
       raise ValueError(f'{name} must be in (0, 1], got {share}: it is a share.')
   perturbation = ascent.unit_perturbation(perturbation)
 

@@ -80,7 +80,7 @@ def friendly_sam(
     Li et al., Friendly Sharpness-Aware Minimization, 2024
     (arXiv:2403.12350).
   """
-  if isinstance(decay, (int, float)) and not 0 <= decay <= 1:
+  if not isinstance(decay, jax.Array) and not 0 <= decay <= 1:
     raise ValueError(f'decay must be in [0, 1], got {decay}.')
   ascent.check_finite(sigma=sigma)
   rule = ascent.unit_perturbation(perturbation)

@@ -172,6 +172,10 @@ def gradient_point(opt_state: optax.OptState, params: optax.Params) -> optax.Par
   Returns:
     A tree like params; half-precision leaves come out in float32 where perturbed.
 
+  Raises:
+    ValueError: several methods of the chain take their gradient elsewhere, or the
+      method does not see the tree of the parameters (`optax.flatten`).
+
   >>> import jax.numpy as jnp, optax, sam_jax
   >>> tx, w = optax.chain(sam_jax.sam(0.05), optax.sgd(0.1)), jnp.ones(2)
   >>> sam_jax.gradient_point(tx.init(w), w).tolist()

@@ -317,7 +317,7 @@ def det_sam(
   References:
     Tahmasebi et al., 2024, section 4 (arXiv:2406.03682).
   """
-  if isinstance(half_width, (int, float)) and not 0 < half_width < math.inf:
+  if not isinstance(half_width, jax.Array) and not 0 < half_width < math.inf:
     raise ValueError(f'half_width must be positive and finite, got {half_width}.')
   return universal_sam(
     lambda x: jnp.exp(-x / 2),

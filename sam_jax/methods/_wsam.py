@@ -165,6 +165,6 @@ def decoupled_wsam(
 
 
 def _weight(gamma: float) -> float:
-  if isinstance(gamma, (int, float)) and not 0 <= gamma < 1:
+  if not isinstance(gamma, jax.Array) and not 0 <= gamma < 1:
     raise ValueError(f'gamma must be in [0, 1), got {gamma}: 0.5 is SAM.')
   return gamma / (1 - gamma)

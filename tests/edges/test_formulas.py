@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import sam_jax
@@ -105,30 +105,72 @@ def test_edge_of_adam_over_a_frozen_preconditioner(x64, nesterov):
   np.testing.assert_allclose(edges.adam_edge(rate), 38 / rate, rtol=1e-12)
 
 
-def exact(norm, rate, rho):
-  """The SAM-edge to 60 digits, from the textbook form."""
+def closed_form(norm, rate, rho):
+  """The SAM-edge of decimal numbers, from the textbook form."""
+  if rho == 0:
+    return 2 / rate
+  if norm == 0:
+    return Decimal(0)
+  return norm / (2 * rho) * ((1 + 8 * rho / (rate * norm)).sqrt() - 1)
+
+
+def exact(*at):
+  """The SAM-edge to 60 digits and more."""
   with localcontext() as context:
-    context.prec = 120
-    norm, rate, rho = (Decimal(float(x)) for x in (norm, rate, rho))
-    if rho == 0:
-      return float(2 / rate)
-    if norm == 0:
-      return 0.0
-    root = (1 + 8 * rho / (rate * norm)).sqrt()
-    return float(norm / (2 * rho) * (root - 1))
+    context.prec = 200
+    return float(closed_form(*(Decimal(float(x)) for x in at)))
 
 
 _SIZES = st.floats(-30, 30).map(lambda e: float(np.float32(10**e)))
 
 
-@given(_SIZES, st.floats(-6, 2), st.one_of(st.just(0.0), _SIZES))
-def test_float32_loses_no_digit_at_any_size(norm, exponent, rho):
-  rate = float(np.float32(10**exponent))
+@given(_SIZES, _SIZES, st.one_of(st.just(0.0), _SIZES))
+@example(float(np.float32(1e-30)), float(np.float32(1e-30)), float(np.float32(1e30)))
+@example(float(np.float32(3e38)), float(np.float32(1e37)), float(np.float32(1e-30)))
+def test_float32_loses_no_digit_at_any_size(norm, rate, rho):
   edge = edges.sam_edge(norm, rate, rho)
   assert edge.dtype == jnp.float32
   wanted = exact(norm, rate, rho)
   if 1e-37 < wanted < 1e38:
     np.testing.assert_allclose(edge, wanted, rtol=2e-6)
+
+
+def slope(argument, at):
+  """The derivative of `closed_form` by one argument, from a difference."""
+  with localcontext() as context:
+    context.prec = 200
+    low, high = ([Decimal(x) for x in at] for _ in range(2))
+    step = high[argument] * Decimal('1e-30')
+    high[argument] += step
+    return float((closed_form(*high) - closed_form(*low)) / step)
+
+
+@pytest.mark.parametrize('at', [(0.3, 0.5, 0.1), (2.0, 0.1, 1e-4), (1e-3, 4.0, 20.0)])
+def test_derivatives_are_those_of_the_closed_form(at):
+  found = jax.jit(jax.grad(edges.sam_edge, (0, 1, 2)))(*at)
+  at = [float(np.float32(x)) for x in at]
+  wanted = [slope(argument, at) for argument in range(3)]
+  np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_derivatives_without_a_perturbation_are_finite():
+  """lambda = E - E^2 rho / |g| + 2 E^3 rho^2 / |g|^2 - ..., and of norm 0 it is E."""
+  by_rho = jax.grad(edges.sam_edge, 2)
+  np.testing.assert_allclose(by_rho(0.3, 0.5, 0.0), -(4**2) / 0.3, rtol=1e-6)
+  again = jax.grad(by_rho, 2)(0.3, 0.5, 0.0)
+  np.testing.assert_allclose(again, 4 * 4**3 / 0.3**2, rtol=1e-5)
+  of_usam = jax.grad(edges.usam_edge, 1)(0.5, 0.0)
+  np.testing.assert_allclose(of_usam, -(4**2), rtol=1e-6)
+  found = jax.grad(edges.sam_edge, (0, 1, 2))(0.3, 0.5, 0.0)
+  np.testing.assert_allclose(found[:2], [0, -8], rtol=1e-6)
+  assert np.isfinite(jax.grad(edges.sam_edge, (0, 1, 2))(0.0, 0.5, 0.1)).all()
+
+
+def test_lists_are_arrays():
+  np.testing.assert_allclose(edges.gd_edge([0.1, 0.2]), [20, 10])
+  found = edges.sam_edge([0.1, 0.2], 0.4, (0.03, 0.1))
+  wanted = [edges.sam_edge(0.1, 0.4, 0.03), edges.sam_edge(0.2, 0.4, 0.1)]
+  np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 def test_limits():

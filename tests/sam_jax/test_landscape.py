@@ -280,7 +280,7 @@ def test_networks_that_differ_in_shape_are_named(other, message):
   with pytest.raises(ValueError, match=r'checkpoints\[2\]: .*' + message):
     landscape.trajectory([first, first, other])
   loss, axis, data = lambda w, _: w['w'].sum(), [0.0, 1.0], [jnp.ones(1)]
-  with pytest.raises(ValueError, match='direction 1: .*' + message):
+  with pytest.raises(ValueError, match='direction: .*' + message):
     landscape.line(loss, first, other, axis, data)
   with pytest.raises(ValueError, match='direction 2: .*' + message):
     landscape.surface(loss, first, (first, other), axis, axis, data)
@@ -297,3 +297,93 @@ def test_networks_that_differ_in_shape_are_named(other, message):
 def test_wrong_arguments_are_named(params, arguments, message):
   with pytest.raises(ValueError, match=message):
     landscape.random_directions(jax.random.key(0), params, **arguments)
+
+
+@pytest.mark.parametrize('evaluate', [landscape.surface, landscape.eigen_ratio])
+@pytest.mark.parametrize('num', [1, 3])
+def test_a_surface_takes_two_directions(evaluate, num):
+  """One or three are counted; two that are no trees like the parameters are named."""
+  w, axis, data = {'w': jnp.ones(3)}, [0.0, 1.0], [jnp.ones(1)]
+  loss = lambda w, batch: w['w'].sum() * batch.mean()
+  with pytest.raises(ValueError, match=f'directions: {num} given, a surface takes two'):
+    evaluate(loss, w, (w,) * num, axis, axis, data)
+  with pytest.raises(ValueError, match='directions: 1 given'):
+    evaluate(loss, w, w, axis, axis, data)
+  with pytest.raises(ValueError, match='direction 2: .*instead of'):
+    evaluate(loss, w, (w, {'w': jnp.ones(2)}), axis, axis, data)
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_short_steps_of_half_precision_parameters_are_gone(dtype):
+  """Against float64: at 1 both formats round a step of 1e-4 away."""
+  w = {'w': jnp.array([1.0, -2.0, 0.5], dtype), 'b': jnp.array(3.0)}
+  along = {'w': jnp.array([1.0, 0.5, -1.0], dtype), 'b': jnp.array(0.25)}
+  other = {'w': jnp.array([0.0, 1.0, 2.0]), 'b': jnp.array(0.0)}
+  seen = []
+
+  def loss(w, batch):
+    seen.append(w['w'].dtype)
+    return jnp.mean(batch) * (jnp.sum(w['w'] ** 2) - 5.25 + w['b'] - 3.0)
+
+  x = np.array([-1e-4, 0.0, 1e-4])
+  exact = lambda t, v, u=0.0: (
+    np.sum((np.array([1, -2, 0.5]) + t * np.array(v) + u * np.array([0, 1, 2])) ** 2)
+    - 5.25
+    + t * 0.25
+  )
+  expected = [exact(t, [1.0, 0.5, -1.0]) for t in x]
+  on_line = landscape.line(loss, w, along, x, [jnp.ones(2)]).loss
+  np.testing.assert_allclose(on_line, expected, rtol=1e-2, atol=1e-7)
+  grid = landscape.surface(loss, w, (along, other), x, x[:1], [jnp.ones(2)]).loss
+  expected = [[exact(t, [1.0, 0.5, -1.0], x[0]) for t in x]]
+  np.testing.assert_allclose(grid, expected, rtol=1e-2, atol=1e-6)
+  assert set(seen) == {jnp.dtype('float32')}
+
+
+def _scaled(dtype, factor):
+  shapes = {'kernel': (4, 3), 'narrow': (1, 6)}
+  keys = jax.random.split(jax.random.key(5), 2)
+  return {
+    name: (factor * jax.random.normal(k, shape)).astype(dtype)
+    for k, (name, shape) in zip(keys, shapes.items(), strict=True)
+  }
+
+
+@pytest.mark.parametrize('normalization', ['filter', 'layer', 'none'])
+@pytest.mark.parametrize(
+  ('dtype', 'factor'),
+  [
+    (jnp.float32, 1e-25),
+    (jnp.float32, 1e30),
+    (jnp.float16, 1e3),
+  ],
+)
+def test_directions_have_the_size_of_the_parameters_in_the_whole_range(
+  dtype, factor, normalization
+):
+  """Against norms and products in float64 of what is returned."""
+  params = _scaled(dtype, factor)
+  directions = landscape.random_directions(
+    jax.random.key(0), params, normalization=normalization
+  )
+  wide = lambda tree: {k: np.asarray(x, np.float64) for k, x in tree.items()}
+  like = wide(params)
+  first, second = map(wide, directions)
+  whole = lambda tree: np.concatenate([x.ravel() for x in tree.values()])
+  for got in (first, second):
+    if normalization == 'none':
+      size = np.linalg.norm(whole(like))
+      np.testing.assert_allclose(np.linalg.norm(whole(got)), size, rtol=1e-5)
+      continue
+    norms = _filter_norms if normalization == 'filter' else np.linalg.norm
+    np.testing.assert_allclose(norms(got['kernel']), norms(like['kernel']), rtol=1e-5)
+    narrow = np.linalg.norm(like['narrow'])
+    np.testing.assert_allclose(np.linalg.norm(got['narrow']), narrow, rtol=1e-5)
+  cosine = whole(first) @ whole(second) / (whole(first) @ whole(first))
+  assert abs(cosine) < 1e-5
+
+
+def test_two_directions_without_normalization_of_zero_parameters_are_zero():
+  zero = {'kernel': jnp.zeros((4, 3))}
+  found = landscape.random_directions(jax.random.key(0), zero, normalization='none')
+  assert all(not x.any() for x in jax.tree.leaves(found))

@@ -77,6 +77,13 @@ def test_files_of_the_first_version_load(tmp_path):
   assert (item.path, item.explained) == (None, ())
 
 
+def test_a_ratio_of_an_older_version_is_absolute_too(tmp_path):
+  older = landscape.Landscape(_X, _Y, _LOSS, value='lambda_min/lambda_max')
+  older.save(tmp_path / 'old.npz')
+  item = landscape.load(tmp_path / 'old.npz')
+  assert item.value == landscape.EIGEN_RATIO == '|lambda_min/lambda_max|'
+
+
 def test_a_surface_as_vtk(tmp_path):
   landscape.Landscape(_X, _Y, _LOSS).save_vtk(tmp_path / 'surface.vtk')
   points, data, shape, _ = _read_vtk(tmp_path / 'surface.vtk')

@@ -59,7 +59,7 @@ def test_a_network_against_its_dense_hessian(x64, tmp_path):
       expected[i, j] = abs(values[0] / values[-1])
   result = evaluate(1e-8)
   np.testing.assert_allclose(result.loss, expected, rtol=1e-6)
-  assert result.value == 'lambda_min/lambda_max'
+  assert result.value == '|lambda_min/lambda_max|'
   assert seen == [(i, 6) for i in range(1, 7)]
   again = evaluate(1e-8, iter(_BATCHES))
   np.testing.assert_array_equal(again.loss, result.loss)
@@ -149,3 +149,12 @@ def test_a_search_that_does_not_converge_has_no_value():
     max_num_matvecs=6,
   )
   assert np.isnan(result.loss).all()
+
+
+def test_short_steps_of_half_precision_parameters_are_gone():
+  """w0^4 - w1^2: the ratio is 2 / (12 w0^2), and bfloat16 rounds 1.001 to 1."""
+  loss = lambda w, batch: jnp.mean(batch) * (w[0] ** 4 - w[1] ** 2)
+  at, x = jnp.array([1.0, 0.0], jnp.bfloat16), np.array([-1e-3, 0.0, 1e-3])
+  along = jnp.eye(2, dtype=jnp.bfloat16)
+  found = landscape.eigen_ratio(loss, at, tuple(along), x, [0.0], [jnp.ones(2)])
+  np.testing.assert_allclose(found.loss, [1 / (6 * (1 + x) ** 2)], rtol=1e-5)

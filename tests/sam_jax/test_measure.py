@@ -15,6 +15,7 @@ import tasks
 import train
 from sam_jax import curvature, landscape
 from sam_jax.measuring import entries
+from sam_jax.measuring.parts import PARTS
 from training import cli
 from training import config as config_lib
 
@@ -150,6 +151,41 @@ def test_bad_arguments_are_refused_first(arguments, words, quadratic, tmp_path):
   with pytest.raises(ValueError, match=words):
     sam_jax.measure(_loss, *quadratic, tmp_path / 'new', **arguments)
   assert not (tmp_path / 'new').exists()
+
+
+@pytest.mark.parametrize(
+  ('loss', 'words'),
+  [
+    (lambda w, batch: batch @ w['kernel'].reshape(-1), r'array of shape \(10,\)'),
+    (lambda w, batch: (_loss(w, batch), batch), 'returns a tuple'),
+  ],
+)
+def test_a_loss_that_is_no_scalar_is_refused_first(loss, words, quadratic, tmp_path):
+  with pytest.raises(ValueError, match=f'loss_fn .*{words}'):
+    sam_jax.measure(loss, *quadratic, tmp_path / 'new')
+  assert not (tmp_path / 'new').exists()
+
+
+def test_a_network_of_one_parameter_has_all_but_a_landscape(tmp_path):
+  """0.5 mean(x) w^2 has the curvature mean(x)."""
+  loss = lambda w, x: 0.5 * jnp.mean(x) * w**2
+  network = jnp.float32(2.0), [jnp.array([1.0, 2.0]), jnp.array([6.0])]
+  with pytest.raises(ValueError, match=r"parts: 'landscape' .* has one parameter"):
+    sam_jax.measure(loss, *network, tmp_path, k=1)
+  parts = [part for part in PARTS if part != 'landscape']
+  options = {'k': 1, 'num_matvecs': 1, 'figures': False}
+  found = sam_jax.measure(loss, *network, tmp_path, parts=parts, **options)
+  np.testing.assert_allclose(found['lambda_max'], 3.0, rtol=1e-5)
+  np.testing.assert_allclose(found['trace'], 3.0, rtol=1e-5)
+
+
+def test_a_matrix_of_one_entry_moves_with_the_biases(tmp_path):
+  params = {'kernel': jnp.ones((1, 1)), 'bias': jnp.array([0.5])}
+  loss = lambda w, x: jnp.mean((x * w['kernel'][0] + w['bias'] - 1) ** 2)
+  options = {'parts': ['landscape'], 'k': 1, 'landscape_points': 3, 'figures': False}
+  found = sam_jax.measure(loss, params, [jnp.array([1.0, 2.0])], tmp_path, **options)
+  low, high = found['landscape']['loss_range']
+  assert 0 <= low < high < np.inf
 
 
 def test_figures_without_matplotlib_are_refused(quadratic, tmp_path, monkeypatch):

@@ -21,11 +21,14 @@ def build(method):
   wanted = inspect.signature(method).parameters
   options = {k: v for k, v in provided.items() if k in wanted}
   base = optax.chain(
-    sam_jax.cross_replica_mean('batch'), optax.add_decayed_weights(0.1), SGD
+    sam_jax.cross_replica_mean('batch'),
+    optax.clip_by_global_norm(1.0),
+    optax.add_decayed_weights(0.1),
+    SGD,
   )
   if 'inner' in wanted:
     return method(base, **options)
-  return optax.chain(optax.clip_by_global_norm(1.0), method(**options), base)
+  return optax.chain(method(**options), base)
 
 
 @pytest.mark.parametrize('name', METHODS)
@@ -70,6 +73,143 @@ SAM = sam_jax.sam(0.1)
 def test_check_names_the_fault_and_the_mend(tx, words):
   (fault,) = sam_jax.check(tx, PARAMS)
   assert words in fault
+
+
+CLIP = optax.clip_by_global_norm(1.0)
+
+
+@pytest.mark.parametrize(
+  'tx',
+  [
+    optax.chain(CLIP, sam_jax.wsam(), SGD),
+    optax.chain(CLIP, sam_jax.wsam(), optax.adam(0.1)),
+    optax.chain(optax.scale(0.5), sam_jax.gsam(), SGD),
+    optax.chain(optax.trace(0.9), sam_jax.gsam(), optax.adam(0.1)),
+    optax.chain(CLIP, sam_jax.decoupled_wsam(SGD, 0.1)),
+    optax.chain(CLIP, sam_jax.looksam(), SGD),
+    optax.chain(CLIP, sam_jax.graphsam(steps_per_epoch=3), SGD),
+    optax.chain(CLIP, sam_jax.periodic(sam_jax.sam(), every=3), SGD),
+    optax.chain(CLIP, sam_jax.frob_sam(antithetic=True), SGD),
+  ],
+)
+def test_check_finds_scaling_before_a_method_that_mixes_gradients(tx):
+  (fault,) = sam_jax.check(tx, PARAMS)
+  assert 'put clipping and scaling after the method' in fault
+
+
+@pytest.mark.parametrize(
+  'tx',
+  [
+    optax.chain(sam_jax.wsam(), CLIP, SGD),
+    sam_jax.decoupled_wsam(optax.chain(CLIP, SGD), 0.1),
+    optax.chain(CLIP, sam_jax.usam(), SGD),
+    optax.chain(CLIP, sam_jax.friendly_sam(), SGD),
+    optax.chain(CLIP, sam_jax.esam(), SGD),
+    optax.chain(CLIP, sam_jax.msam(SGD)),
+    optax.chain(CLIP, sam_jax.wsam(gamma=0.0), SGD),
+    optax.chain(CLIP, sam_jax.m_sharpness(sam_jax.wsam(), 2), SGD),
+  ],
+)
+def test_check_lets_scaling_pass_where_nothing_is_mixed(tx):
+  assert sam_jax.check(tx, PARAMS) == []
+
+
+def test_clipping_before_wsam_leaves_a_difference_of_two_scales():
+  """g + 9 (g_p - g / |g|) in place of a gradient of norm 1."""
+  method, sgd = sam_jax.wsam(0.1, gamma=0.9), optax.sgd(1.0)
+  g = np.array([20.0, -30.0])
+  w = g / np.array([2.0, 6.0])
+  perturbed = np.array([2.0, 6.0]) * (w + 0.1 * g / np.linalg.norm(g))
+  clipped = g / np.linalg.norm(g)
+  moved = []
+  for tx in (optax.chain(CLIP, method, sgd), optax.chain(method, CLIP, sgd)):
+    at, _ = run(tx, jnp.array(w), 1.0)
+    moved.append(w - np.asarray(at))
+  np.testing.assert_allclose(moved[0], clipped + 9 * (perturbed - clipped), rtol=1e-4)
+  np.testing.assert_allclose(np.linalg.norm(moved[1]), 1.0, rtol=1e-4)
+
+
+RULE = sam_jax.perturbations.global_norm()
+ONLY_W = {'w': True, 'b': False}
+ONE_BY_ONE = {'w': 'a', 'b': 'b'}
+
+
+@pytest.mark.parametrize(
+  'method',
+  [
+    lambda **rule: optax.chain(sam_jax.sam(**rule), SGD),
+    lambda **rule: optax.chain(sam_jax.friendly_sam(**rule), SGD),
+    lambda **rule: sam_jax.msam(SGD, **rule),
+  ],
+  ids=['sam', 'friendly_sam', 'msam'],
+)
+def test_check_finds_a_masked_perturbation(method):
+  (fault,) = sam_jax.check(method(perturbation=optax.masked(RULE, ONLY_W)), PARAMS)
+  assert 'use optax.selective_transform' in fault
+  parts = optax.multi_transform({'a': RULE, 'b': optax.set_to_zero()}, ONE_BY_ONE)
+  assert sam_jax.check(method(perturbation=parts), PARAMS) == []
+
+
+def test_a_masked_perturbation_passes_raw_gradients():
+  w = {'w': jnp.array(1.0), 'b': jnp.array(30.0)}
+  eps, _ = optax.masked(RULE, ONLY_W).update(w, optax.masked(RULE, ONLY_W).init(w), w)
+  assert (float(eps['w']), float(eps['b'])) == (1.0, 30.0)
+
+
+@pytest.mark.parametrize(
+  'tx',
+  [
+    optax.inject_hyperparams(lambda rho: sam_jax.msam(SGD, rho))(rho=0.1),
+    optax.chain(
+      optax.inject_hyperparams(sam_jax.graphsam)(rho=0.1, steps_per_epoch=3), SGD
+    ),
+  ],
+)
+def test_check_finds_an_injected_radius_that_lags(tx):
+  (fault,) = sam_jax.check(tx, PARAMS)
+  assert 'an injected rho lags' in fault
+
+
+def test_check_lets_an_injected_learning_rate_pass():
+  make = lambda rate: sam_jax.msam(optax.sgd(rate, momentum=0.9), rho=0.1)
+  assert sam_jax.check(optax.inject_hyperparams(make)(rate=0.1), PARAMS) == []
+
+
+AROUND = {
+  'masked': lambda tx: optax.masked(tx, ONLY_W),
+  'multi_transform': lambda tx: optax.multi_transform({'a': tx, 'b': SGD}, ONE_BY_ONE),
+}
+
+
+@pytest.mark.parametrize('tx', [optax.chain(SAM, SGD), sam_jax.msam(SGD)])
+@pytest.mark.parametrize('name', AROUND)
+def test_a_method_around_which_leaves_are_masked_says_so(tx, name):
+  tx = AROUND[name](tx)
+  (fault,) = sam_jax.check(tx, PARAMS)
+  assert 'sees a part of the parameters only' in fault
+  with pytest.raises(ValueError, match='put the method before that'):
+    tx.init(PARAMS)
+
+
+def test_parts_of_the_base_are_right():
+  """A group of all leaves is no part; base optimizers may have theirs."""
+  whole = optax.multi_transform({'a': optax.chain(SAM, SGD)}, {'w': 'a', 'b': 'a'})
+  parts = optax.multi_transform({'a': SGD, 'b': optax.adam(0.1)}, ONE_BY_ONE)
+  assert sam_jax.check(whole, PARAMS) == []
+  assert sam_jax.check(optax.chain(SAM, parts), PARAMS) == []
+
+
+@pytest.mark.parametrize('tx', [optax.chain(SAM, SGD), sam_jax.msam(SGD)])
+def test_check_finds_flatten_around_a_method(tx):
+  (fault,) = sam_jax.check(optax.flatten(tx), PARAMS)
+  assert 'optax.flatten' in fault and 'around the base optimizer' in fault
+  assert sam_jax.check(optax.chain(SAM, optax.flatten(SGD)), PARAMS) == []
+
+
+def test_a_point_of_flattened_parameters_says_so():
+  tx = optax.flatten(sam_jax.msam(SGD))
+  with pytest.raises(ValueError, match='does not see the tree of the parameters'):
+    sam_jax.gradient_point(tx.init(PARAMS), PARAMS)
 
 
 def quadratic(w):

@@ -147,6 +147,52 @@ def test_the_recipe_gives_the_true_mean(name):
   assert_same(run(tx, on_mesh, kind), run(tx, on_one, kind))
 
 
+def growing_signs():
+  """A rule of one's own with a state: signs, at a radius that grows with each call."""
+
+  def update(updates, state, params=None, **extra_args):
+    del params, extra_args
+    radius = 1 + state / 4
+    return jax.tree.map(lambda g: radius * jnp.sign(g), updates), state + 1
+
+  return optax.GradientTransformationExtraArgs(lambda params: jnp.zeros([]), update)
+
+
+LAYOUT = sam_jax.layouts.rule(
+  lambda p: sam_jax.layouts.Leaf(True) if p.path == 'w' else sam_jax.layouts.Leaf(False)
+)
+CUSTOM = {
+  'asam_layout': lambda: build(sam_jax.asam, rho=0.5, weights=LAYOUT),
+} | {
+  method.__name__: functools.partial(build, method, perturbation=growing_signs())
+  for method in (sam_jax.gsam, sam_jax.friendly_sam, sam_jax.msam, sam_jax.graphsam)
+}
+
+
+def on_devices(tx, num_steps=3):
+  """As `run`, under `jax.pmap`; the parameters and the state of the first replica."""
+  mapped = jax.pmap(
+    functools.partial(step, tx, None, True),
+    axis_name=AXIS,
+    in_axes=(None, None, 0),
+    devices=jax.devices()[:REPLICAS],
+  )
+  carry = PARAMS, tx.init(PARAMS)
+  for _ in range(num_steps):
+    replicas = mapped(*carry, X.reshape(REPLICAS, -1, 3))
+    carry, other = (jax.tree.map(lambda x, i=i: x[i], replicas) for i in (0, 1))
+    assert_same(carry, other)
+  return carry
+
+
+@pytest.mark.parametrize('name', CUSTOM)
+def test_rules_of_ones_own_run_under_shard_map_and_pmap(name):
+  tx = CUSTOM[name]()
+  expected = run(tx, on_one)
+  assert_same(run(tx, on_mesh), expected)
+  assert_same(on_devices(tx), expected)
+
+
 def test_without_tracking_nothing_has_to_be_cast():
   tx, _ = CASES['gsam']()
   unchecked = functools.partial(on_mesh, check_vma=False)
