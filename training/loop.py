@@ -142,10 +142,14 @@ class _Run:
     if parallel.is_primary():
       if not self._step:
         metrics_lib.keep_earlier(workdir, any_line=self._checkpoints.made)
-      self._metrics = metrics_lib.MetricsFile(
-        workdir, self._step or -1, self._score.name, timing=self._timing
-      )
       tested = config_lib.tested(config, self._epoch)
+      self._metrics = metrics_lib.MetricsFile(
+        workdir,
+        self._step or -1,
+        self._score.name,
+        tested=frozenset(tested),
+        timing=self._timing,
+      )
       if missing := self._metrics.missing(tested):
         warnings.warn(
           f'{workdir / metrics_lib.FILE_NAME} lacks epochs that the checkpoint has '
