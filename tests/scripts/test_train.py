@@ -129,6 +129,36 @@ def test_a_run_writes_its_files_and_a_second_start_only_reports(finished, capsys
   assert files == {p: p.stat().st_mtime_ns for p in finished.rglob('*')}
 
 
+@pytest.mark.filterwarnings('default')
+def test_what_a_finished_run_did_not_measure_is_told(finished, capsys, monkeypatch):
+  run = lambda *flags: _run(
+    f'--workdir={finished}', '--epochs=2', '--optimizer=sam', *flags
+  )
+  for flags, words in (
+    (['--track=foo'], '--track=foo: choose of edges'),
+    (['--track=edges', '--track_on=all'], '--track_on=all: give batch'),
+    (['--track=edges', '--track_share=2'], '--track_share=2: must be'),
+    (['--track_on=train'], '--track_on=train has no effect without --track'),
+    (['--measure=foo'], '--measure=foo: choose of'),
+    (['--measure=trace', '--measure_every=-1'], '--measure_every=-1: must not'),
+  ):
+    assert run(*flags) == 2
+    out, error = capsys.readouterr()
+    assert words in error and error.count('\n') == 1 and not out
+  for flag, done in (('--track=edges', 'tracked'), ('--measure=trace', 'measured')):
+    assert run(flag) == 0
+    out, error = capsys.readouterr()
+    assert f'{flag}: the run in {finished} is finished and nothing was {done}' in error
+    assert error.count('\n') == 1 and 'generalization gap' in out
+  # Of one that was tracked the examples are compared too.
+  lines = [{'step': 0, 'split': 'edges', 'on': 'batch'}]
+  monkeypatch.setattr(train.metrics, 'read', lambda workdir: lines)
+  assert run('--track=edges', '--track_every=3') == 0
+  assert not capsys.readouterr().err
+  assert run('--track=edges', '--track_on=train') == 2
+  assert 'track_on=train: this run was tracked' in capsys.readouterr().err
+
+
 def test_other_flags_on_its_workdir_are_refused(finished, capsys):
   assert _run(f'--workdir={finished}', '--epochs=3', '--optimizer=sam') == 2
   assert 'has epochs=2, and --schedule=cosine stretches' in capsys.readouterr().err
