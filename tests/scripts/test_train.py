@@ -15,7 +15,7 @@ import pytest
 
 import tasks
 import train
-from input_pipelines import DataError
+from input_pipelines import DataError, sources
 from training import checkpoints, cli, methods, metrics
 from training import config as config_lib
 
@@ -71,6 +71,11 @@ def _run(*arguments):
     ('--devices=99', '--devices=99: this process has'),
     ('--m_sharpness=5 --optimizer=sam', 'must divide --batch_size'),
     ('--init_from=/nowhere', '--init_from=/nowhere: /nowhere has no checkpoint'),
+    ('--model=features=20', 'features is a tuple, written in brackets and quotes, as'),
+    ('--model=features=20', "--model='features=(20,)' or --model='features=(20,30)'"),
+    ('--model=features=8+8', "in brackets and quotes, as --model='features=(20,30)'"),
+    ('--model=features=8,8', "in brackets and quotes, as --model='features=(20,30)'"),
+    ('--model=features=[8]', 'features is a tuple, written in brackets and quotes, as'),
     ('sam', "unexpected argument 'sam'"),
   ],
 )
@@ -90,6 +95,37 @@ def test_data_that_is_not_there(tmp_path, capsys):
   assert _run('--task=mutagenicity_gcn', *folders, f'--workdir={workdir}') == 2
   assert 'Mutagenicity.zip' in capsys.readouterr().err
   assert time.monotonic() - start < 10 and not workdir.exists()
+
+
+@pytest.mark.parametrize(
+  ('flags', 'names'),
+  [
+    (
+      ['--task=eos_mnist_mlp'],
+      'train-images-idx3-ubyte.gz + train-labels-idx1-ubyte.gz + '
+      't10k-images-idx3-ubyte.gz + t10k-labels-idx1-ubyte.gz or train-images-idx3',
+    ),
+    (
+      ['--task=eos_stochastic', '--scale=small'],
+      't10k-images-idx3-ubyte.gz + t10k-labels-idx1-ubyte.gz or t10k-images',
+    ),
+    (['--task=eos_cohen_tanh'], 'cifar-10-binary.tar.gz or cifar10.npz or cifar-10-p'),
+    (['--task=eos_shakespeare_transformer'], 'tinyshakespeare.txt or input.txt'),
+  ],
+)
+def test_files_that_are_looked_for_are_named(
+  flags, names, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setattr(sources, '_answers', lambda url: False)
+  workdir, folder = tmp_path / 'run', tmp_path / 'data'
+  flags = [*flags, f'--manual_dir={folder}', f'--data_dir={tmp_path}']
+  for where in (f'{folder}, which is no folder', str(folder)):
+    assert _run(*flags, f'--workdir={workdir}') == 2
+    error = capsys.readouterr().err
+    assert names in error and error.count('\n') == 1
+    assert f' is not in {where}, there is no prepared set' in error
+    folder.mkdir(exist_ok=True)
+  assert not workdir.exists()
 
 
 def test_help_of_a_task_tells_its_recipe(capsys):
