@@ -4,6 +4,8 @@ import dataclasses
 import fcntl
 import html.parser
 import json
+import pathlib
+import re
 import shutil
 
 import jax
@@ -363,3 +365,23 @@ def test_filters_that_are_not_known_are_refused(tmp_path, capsys):
   assert not (tmp_path / 'run/hessian/summary.json').exists()
   assert error.endswith('give --landscape_directions=layer.\n')
   assert _run(*flags, '--landscape_directions=layer') == 0
+
+
+def test_the_task_of_the_docs(tmp_path, capsys):
+  """Two parameters: what is asked for by default is refused, and how it is mended."""
+  text = (pathlib.Path(train.__file__).parent / 'docs' / 'tasks.md').read_text()
+  task, workdir = tmp_path / 'my_task.py', f'--workdir={tmp_path / "run"}'
+  task.write_text(re.search('```python\n(.*?)```', text, re.DOTALL)[1])
+  flags = ['--nocache', '--devices=1', workdir, f'--task={task}', '--optimizer=sam']
+  assert cli.run(train.main, ['train.py', *flags]) == 0
+  capsys.readouterr()
+  for flags, words in (
+    ([], '--top_k=5: only 2 parameters are measured; give at most that.'),
+    (['--top_k=2'], 'of 2 parameters 1 would be moved; give --landscape_biases to'),
+  ):
+    assert _run(workdir, *flags) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count('\n') == 1
+  mended = re.search('that is `(--top_k.*)`', text)[1].split()
+  fast = [flag for flag in _FAST if not flag.startswith(('--top_k', '--num_ex'))]
+  assert _run(workdir, *fast, *mended) == 0
