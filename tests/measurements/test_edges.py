@@ -265,6 +265,24 @@ def test_a_run_is_tracked_on_the_same_examples_to_its_end(problem, tmp_path, who
   _run(problem, workdir, on='train')
 
 
+class Scales(nn.Module):
+  """Fewer parameters than a search has vectors."""
+
+  @nn.compact
+  def __call__(self, x, *, train=False):
+    del train
+    return x[:, :3] * self.param('scales', nn.initializers.normal(), (3,))[None]
+
+
+def test_the_vectors_of_a_network_of_few_parameters_are_kept(problem):
+  problem = problem._replace(model=Scales())
+  tracker, other = (measurements.tracker('edges', problem, PLAIN) for _ in range(2))
+  tracker(_trained(problem, PLAIN, 0), 0)
+  memory = tracker.memory()
+  other.recall(memory)
+  np.testing.assert_array_equal(other.memory()['block/0'], memory['block/0'])
+
+
 def test_a_run_ends_with_its_medians(whole):
   found = json.loads((whole / 'summary.json').read_text())['during_training']['edges']
   lines = [x for x in metrics.read(whole) if x['split'] == 'edges']
