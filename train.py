@@ -17,6 +17,7 @@ import json
 import pathlib
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ from training import (
   hooks,
   loop,
   methods,
+  metrics,
   optimizers,
   parallel,
   summary,
@@ -39,6 +41,17 @@ from training import (
 )
 from training import config as config_lib
 from training.errors import UsageError
+
+# Flags of what is measured during training.
+_MEASURED = (
+  'measure',
+  'measure_every',
+  'track',
+  'track_every',
+  'track_on',
+  'track_share',
+)
+_DONE = {'measure': 'measured', 'track': 'tracked'}
 
 
 def _methods(argv: Sequence[str]) -> list[str]:
@@ -147,36 +160,50 @@ def _points(
   return points
 
 
-def _hooks(flags, problem, config) -> list[hooks.Hook]:
-  """What is measured during training."""
-  names = cli.entries('measure', flags.measure) or []
+def _check_measured(flags, config, workdir: pathlib.Path, *, finished: bool) -> None:
+  """Checks what is to be measured during training, before data are read.
+
+  Warns of what a finished run did not measure.
+  """
+  named = {n: cli.entries(n, flags[n].value) or [] for n in ('measure', 'track')}
   if flags.measure_every < 0:
     raise UsageError(f'--measure_every={flags.measure_every}: must not be negative.')
-  if flags.measure_every and not names:
-    raise UsageError(
-      f'--measure_every={flags.measure_every} has no effect without --measure.'
-    )
-  tracked = cli.entries('track', flags.track) or []
-  for name in ('track_every', 'track_on', 'track_share'):
-    if flags[name].present and not tracked:
-      raise UsageError(f'--{name} has no effect without --track.')
+  for flag in _MEASURED:
+    kind = flag.partition('_')[0]
+    if flags[flag].present and not named[kind]:
+      raise UsageError(f'--{flag}={flags[flag].value} has no effect without --{kind}.')
   for name in ('track_on', 'track_share'):
-    if flags[name].present and tracked and not measurements.adjustable(tracked):
+    if flags[name].present and not measurements.adjustable(named['track']):
+      tracked = ','.join(named['track'])
       raise UsageError(
-        f'--{name} has no effect with --track={",".join(tracked)}: it belongs to edges.'
+        f'--{name} has no effect with --track={tracked}: it belongs to edges.'
       )
+  for name in named['measure']:
+    measurements.check_hook(name, flags.measure_every)
+  lines = metrics.read(workdir) if finished else []
+  options = flags.track_every, flags.track_on, flags.track_share
+  for name in named['track']:
+    own = [line for line in lines if line['split'] == name]
+    measurements.check_tracker(name, config, *options, own)
+  known = {line['split'] for line in lines}
+  for flag, done in (('measure', 'measured'), ('track', 'tracked')):
+    for name in set(named[flag]) - known if finished else ():
+      warnings.warn(
+        f'--{flag}={name}: the run in {workdir} is finished and nothing was {done} '
+        'while it trained: choose another --workdir to train again.',
+        stacklevel=2,
+      )
+
+
+def _hooks(flags, problem, config) -> list[hooks.Hook]:
+  """What is measured during training, of checked flags."""
+  every = flags.measure_every
+  options = flags.track_every, flags.track_on, flags.track_share
   return [
-    *(measurements.hook(name, problem, config, flags.measure_every) for name in names),
+    *(measurements.hook(name, problem, config, every) for name in flags.measure or ()),
     *(
-      measurements.tracker(
-        name,
-        problem,
-        config,
-        flags.track_every,
-        flags.track_on,
-        flags.track_share,
-      )
-      for name in tracked
+      measurements.tracker(name, problem, config, *options)
+      for name in flags.track or ()
     ),
   ]
 
@@ -195,8 +222,8 @@ def _lambda_max(config, problem, workdir: pathlib.Path) -> dict[str, Any]:
 
 def _sweep(points, swept, workdir: pathlib.Path, flags, options) -> None:
   """Trains and compares several runs."""
-  for name in ('measure', 'track'):
-    if flags[name].value:
+  for name in _MEASURED:
+    if flags[name].present:
       raise UsageError(f'--{name} is for a single run: a sweep measures its ends.')
   measure = _lambda_max if flags.sharpness else None
   run = functools.partial(sweep.run, swept=swept, measure=measure, **options)
@@ -231,6 +258,7 @@ def main(argv: Sequence[str]) -> None:
     return
   extension.check(first, workdir)
   finished = extension.finished(first, workdir)
+  _check_measured(flags, first, workdir, finished=bool(finished))
   if not finished:
     problem = tasks.build(first)
     measured = _hooks(flags, problem, first)

@@ -280,8 +280,9 @@ def _download(
   source: Source, data_dir: pathlib.Path, manual_dir: pathlib.Path
 ) -> Iterator[list[pathlib.Path]]:
   """Downloads the first form of a set to temporary files."""
-  forms = ' or '.join(' with '.join(form) for form in source.files)
-  absent = f'{forms} is not in {manual_dir}, there is no prepared set in {data_dir}'
+  forms = ' or '.join(' + '.join(form) for form in source.files)
+  folder = f'{manual_dir}{"" if manual_dir.is_dir() else ", which is no folder"}'
+  absent = f'{forms} is not in {folder}, there is no prepared set in {data_dir}'
   if not source.url:
     raise DataError(f'{absent}: put it there or set --manual_dir to its folder.')
   urls = [urllib.parse.urljoin(source.url, file) for file in source.files[0]]

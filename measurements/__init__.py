@@ -12,6 +12,8 @@ from measurements.registry import options_class as options_class
 from measurements.runner import Measurer as Measurer
 from measurements.runner import measure as measure
 from measurements.while_training import adjustable as adjustable
+from measurements.while_training import check_hook as check_hook
+from measurements.while_training import check_tracker as check_tracker
 from measurements.while_training import hook as hook
 from measurements.while_training import hooks as hooks
 from measurements.while_training import tracker as tracker

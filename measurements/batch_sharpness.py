@@ -217,6 +217,16 @@ def track(problem: Problem, config: Config, every: int = 0) -> BatchSharpness:
     Andreyev and Beneventano, Edge of stochastic stability, arXiv 2412.20553; arXiv
     2604.14108 (the plateaus under momentum).
   """
+  check(config, every)
+  return BatchSharpness(problem, config, every)
+
+
+def check(config: Config, every: int = 0) -> None:
+  """Checks the arguments of `track` as far as that needs no data.
+
+  Raises:
+    UsageError: an argument, or a method of which it says nothing.
+  """
   edges.check_every(every)
   if methods.get(config.optimizer) is not None:
     edges.check_clean_gradient(config, NAME, 'track no batch_sharpness.')
@@ -225,4 +235,3 @@ def track(problem: Problem, config: Config, every: int = 0) -> BatchSharpness:
       f'--track={NAME}: --optimizer={config.optimizer} has no value of --rho, the '
       'radius of its step; give one.'
     )
-  return BatchSharpness(problem, config, every)

@@ -23,6 +23,7 @@ from training.step import TrainState
 
 NAME = 'edges'
 FILE_NAME = 'edges.png'
+_SPLITS = ('batch', 'train')
 # Residual of the top eigenpair over its eigenvalue, at which a search ends.
 _TOL = 5e-3
 # Gradients that a product costs: with what it repeats kept, and without.
@@ -76,6 +77,10 @@ class Edges(Hook):
     self._count(found, batches)
     return plain(self._line(found, step))
 
+  def check(self, lines: Sequence[dict[str, Any]]) -> None:
+    """Refuses to go on from lines over other examples."""
+    check_lines(lines, self._on)
+
   def memory(self) -> dict[str, np.ndarray]:
     """The blocks from which the next search starts, and the gradients spent."""
     if self._blocks is None:
@@ -115,7 +120,7 @@ class Edges(Hook):
     train, size = self._problem.train, self._config.batch_size
     if self._on == 'batch' and self._steps_per_epoch > 1:
       return None
-    if self._on in ('batch', 'train'):
+    if self._on in _SPLITS:
       found = list(train.batches(size).epoch(0))
     else:
       found = self._drawn(int(self._on))
@@ -172,6 +177,7 @@ class Edges(Hook):
   def _line(self, found: Found, step: int) -> dict[str, Any]:
     eigenvalue = float(found.eigenvalue)
     line = {
+      'on': self._on,
       # Where the largest by size is negative nothing is known of the largest.
       'lambda_max': eigenvalue if eigenvalue >= 0 else None,
       'operator_norm': abs(eigenvalue),
@@ -299,11 +305,12 @@ def track(
     Stability, arXiv 2103.00065; Long and Bartlett, Sharpness-Aware Minimization and the
     Edge of Stability, arXiv 2309.12488.
   """
-  check_every(every)
-  if not 0 <= share < 1:
-    raise UsageError(f'--track_share={share:g}: must be at least 0 and below 1.')
-  _check_examples(problem, on)
-  _check_method(config)
+  check(config, every, on, share)
+  if on not in _SPLITS and int(on) > problem.train.num_examples:
+    raise UsageError(
+      f'--track_on={on}: the training split has {problem.train.num_examples} '
+      'examples; give at most that, or train for all.'
+    )
   return Edges(problem, config, every, on, share)
 
 
@@ -313,17 +320,37 @@ def check_every(every: int) -> None:
     raise UsageError(f'--track_every={every}: must not be negative.')
 
 
-def _check_examples(problem: Problem, on: str) -> None:
-  if on in ('batch', 'train'):
-    return
-  if not (on.isascii() and on.isdecimal() and int(on)):
+def check(config: Config, every: int = 0, on: str = 'batch', share: float = 0) -> None:
+  """Checks the arguments of `track` as far as that needs no data.
+
+  Raises:
+    UsageError: an argument, or a method whose steps have no such edge.
+  """
+  check_every(every)
+  if not 0 <= share < 1:
+    raise UsageError(f'--track_share={share:g}: must be at least 0 and below 1.')
+  if on not in _SPLITS and not (on.isascii() and on.isdecimal() and int(on)):
     raise UsageError(
       f'--track_on={on}: give batch, train, or a number of training examples.'
     )
-  if int(on) > problem.train.num_examples:
+  _check_method(config)
+
+
+def check_lines(lines: Sequence[dict[str, Any]], on: str) -> None:
+  """Checks that the lines of a run are over the examples that are asked for.
+
+  Args:
+    lines: of the tracker; those that do not tell, of earlier versions, are accepted.
+    on: as `track` takes it.
+
+  Raises:
+    UsageError: they are over others, and the medians of both would mean nothing.
+  """
+  for earlier in {line.get('on', on) for line in lines} - {on}:
     raise UsageError(
-      f'--track_on={on}: the training split has {problem.train.num_examples} '
-      'examples; give at most that, or train for all.'
+      f'--track_on={on}: this run was tracked with --track_on={earlier} so far, and '
+      'sharpness over other examples is not comparable: give that again, or choose '
+      'another --workdir.'
     )
 
 

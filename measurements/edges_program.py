@@ -68,7 +68,7 @@ class Program:
   """The function, compiled once for each shape of its examples.
 
   Attributes:
-    size_of_block: vectors from which a search starts.
+    size_of_block: vectors from which a search starts, or as many as parameters.
   """
 
   size_of_block = _NUM_PAIRS + _NUM_GUARDS
@@ -94,7 +94,8 @@ class Program:
       (vectors, number of parameters).
     """
     leaves = jax.tree.leaves(params)
-    shape = self.size_of_block, sum(leaf.size for leaf in leaves)
+    size = sum(leaf.size for leaf in leaves)
+    shape = min(self.size_of_block, size), size  # As a search leaves it.
     dtype = _wide(jnp.result_type(*(leaf.dtype for leaf in leaves)))
     return jax.random.normal(jax.random.key(self._seed), shape, dtype)
 

@@ -93,7 +93,8 @@ def _check(context: Context) -> None:
   size = context.operator.size
   if context.options.top_k > size:
     raise UsageError(
-      f'--top_k={context.options.top_k}: only {size} parameters are measured.'
+      f'--top_k={context.options.top_k}: only {size} parameters are measured; give at '
+      'most that.'
     )
 
 

@@ -95,12 +95,20 @@ def check_plane(context: Context) -> None:
 
 def _check_layout(context: Context, kind: str) -> None:
   layout = layouts.automatic()
-  if not context.options.landscape_biases and not any(
-    jax.tree.leaves(layout.weights(context.params))
-  ):
+  sizes = [leaf.size for leaf in jax.tree.leaves(context.params)]
+  weights = jax.tree.leaves(layout.weights(context.params))
+  biases = context.options.landscape_biases
+  moved = sum(
+    size for size, moves in zip(sizes, weights, strict=True) if moves | biases
+  )
+  if moved < 2:
+    more = (
+      'give --landscape_biases to move the others, or ' if moved < sum(sizes) else ''
+    )
     raise UsageError(
-      f'--landscape_directions={kind}: no parameter is a weight; give '
-      '--landscape_biases to move the others.'
+      f'--landscape_directions={kind}: a plane has two directions, and of '
+      f'{sum(sizes)} parameters {moved} would be moved; {more}measure without it: '
+      '--landscape_points=0.'
     )
   unknown = layout.unknown(context.params)
   if kind == 'filter' and unknown:

@@ -249,10 +249,19 @@ def track(problem: Problem, config: Config, every: int = 0) -> Noise:
     Agarwala and Pennington, High dimensional analysis reveals conservative sharpening
     and a stochastic edge of stability, arXiv 2404.19261.
   """
+  check(config, every)
+  return Noise(problem, config, every)
+
+
+def check(config: Config, every: int = 0) -> None:
+  """Checks the arguments of `track` as far as that needs no data.
+
+  Raises:
+    UsageError: an argument, or a method of which it says nothing.
+  """
   edges.check_every(every)
   if config.optimizer not in ('sgd', 'momentum'):
     raise UsageError(
       f'--track={NAME}: the noise kernel norm is known of --optimizer=sgd and '
       f'momentum, not of {config.optimizer}; leave noise out.'
     )
-  return Noise(problem, config, every)

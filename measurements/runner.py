@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import pathlib
 from collections.abc import Iterable
 from typing import Any
 
 import jax
-import numpy as np
 
 from measurements import files, registry
 from measurements.context import Context
@@ -20,6 +17,7 @@ from measurements.network import Network
 from measurements.objective import Objective
 from measurements.stages import Stages
 from sam_jax import curvature
+from sam_jax.measuring.files import fingerprint
 from training import config as config_lib
 from training import problem as problem_lib
 from training.errors import UsageError
@@ -200,10 +198,11 @@ def _facts(context: Context) -> dict[str, Any]:
 
 def _fingerprint(network: Network, options: Any, chosen: Iterable[str]) -> str:
   """Changes with the network, the options, what is chosen, or the packages."""
-  digest = hashlib.blake2b(digest_size=16)
-  for leaf in jax.tree.leaves((network.params, network.batch_stats)):
-    digest.update(np.ascontiguousarray(leaf).tobytes())
   config, options = dataclasses.asdict(network.config), dataclasses.asdict(options)
-  for part in (config, options, list(chosen), config_lib.versions()):
-    digest.update(json.dumps(part, sort_keys=True).encode())
-  return digest.hexdigest()
+  return fingerprint(
+    (network.params, network.batch_stats),
+    config,
+    options,
+    list(chosen),
+    config_lib.versions(),
+  )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from measurements import batch_sharpness, edges, noise, registry
 from measurements.context import Context
@@ -71,11 +72,7 @@ class Hook(hooks_lib.Hook):
 
 
 # Measurements that need more than the parameters, by the name that --track takes.
-_TRACKERS = {
-  edges.NAME: edges.track,
-  batch_sharpness.NAME: batch_sharpness.track,
-  noise.NAME: noise.track,
-}
+_TRACKERS = {module.NAME: module for module in (edges, batch_sharpness, noise)}
 # Those that heed which examples, and which share; others take the whole split.
 _ADJUSTABLE = (edges.NAME,)
 
@@ -107,10 +104,40 @@ def tracker(
   Raises:
     UsageError: there is no such tracker, or it refuses its arguments.
   """
+  check_tracker(name, config, every, on, share)
+  heeded = (on, share) if name in _ADJUSTABLE else ()
+  return _TRACKERS[name].track(problem, config, every, *heeded)
+
+
+def check_tracker(
+  name: str,
+  config: Config,
+  every: int = 0,
+  on: str = 'batch',
+  share: float = 0,
+  lines: Sequence[dict[str, Any]] = (),
+) -> None:
+  """Checks the arguments of `tracker` as far as that needs no data.
+
+  Args:
+    name: of `trackers`.
+    config: the run's.
+    every: steps between measurements.
+    on: the examples.
+    share: of a run's gradients.
+    lines: that the run has of it, which are to be over the same examples.
+
+  Raises:
+    UsageError: there is no such tracker, or it refuses its arguments.
+  """
   if name not in _TRACKERS:
     raise UsageError(f'--track={name}: choose of {", ".join(_TRACKERS)}.')
-  heeded = (on, share) if name in _ADJUSTABLE else ()
-  return _TRACKERS[name](problem, config, every, *heeded)
+  module = _TRACKERS[name]
+  if name in _ADJUSTABLE:
+    module.check(config, every, on, share)
+    module.check_lines(lines, on)
+  else:
+    module.check(config, every)
 
 
 def adjustable(names: Iterable[str]) -> bool:
@@ -136,6 +163,16 @@ def hook(name: str, problem: Problem, config: Config, every: int = 0) -> Hook:
   Raises:
     UsageError: the measurement cannot be a hook, or `every` is negative.
   """
+  check_hook(name, every)
+  return Hook(name, registry.find()[name], problem, config, every)
+
+
+def check_hook(name: str, every: int = 0) -> None:
+  """Checks the arguments of `hook`, which needs no data.
+
+  Raises:
+    UsageError: the measurement cannot be a hook, or `every` is negative.
+  """
   if name not in hooks():
     raise UsageError(
       f'--measure={name}: choose of {", ".join(hooks())} while training; '
@@ -143,4 +180,3 @@ def hook(name: str, problem: Problem, config: Config, every: int = 0) -> Hook:
     )
   if every < 0:
     raise UsageError(f'--measure_every={every}: must not be negative.')
-  return Hook(name, registry.find()[name], problem, config, every)

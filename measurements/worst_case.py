@@ -17,6 +17,7 @@ from measurements.measurement import (
   one_of,
   option,
 )
+from sam_jax.measuring import entries
 from training import problem as problem_lib
 
 
@@ -58,9 +59,7 @@ def _run(context: Context) -> dict[str, Any]:
     key=context.key(4),
     weight=problem_lib.num_examples,
   )
-  # A single group says nothing of how the groups spread.
-  error = found.standard_error or None
-  return estimate('worst_case_sharpness', found._replace(standard_error=error))
+  return entries.estimate_over_groups('worst_case_sharpness', found)
 
 
 def _columns(summary: Summary) -> list[Column]:

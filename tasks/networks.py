@@ -60,6 +60,11 @@ def parse(model: Any, text: str) -> dict[str, Any]:
         f'{", ".join(current)}.'
       )
     kinds = (int, float) if isinstance(current[name], float) else type(current[name])
+    if kinds is tuple and not isinstance(value, tuple):
+      raise UsageError(
+        f'--model={text}: {name} is a tuple, written in brackets and quotes, as '
+        f"--model='{name}=(20,)' or --model='{name}=(20,30)'."
+      )
     if not isinstance(value, kinds) or type(value) is bool is not type(current[name]):
       raise UsageError(
         f'--model={text}: {name} is like {current[name]!r}, which {value!r} is not.'
@@ -110,7 +115,8 @@ def _parse(text: str) -> dict[str, Any]:
     ]
   except (SyntaxError, ValueError):
     raise UsageError(
-      f'--model={text}: give name=value pairs, as depth=16,width=2.'
+      f'--model={text}: give name=value pairs, as depth=16,width=2, and tuples in '
+      "brackets and quotes, as --model='features=(20,30)'."
     ) from None
   names = [name for name, _ in pairs]
   if twice := [name for name in names if names.count(name) > 1]:

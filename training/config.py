@@ -52,7 +52,9 @@ class Config:
   scale: str = _field(
     '', 'another size of the task, where it has one: small is for a CPU'
   )
-  model: str = _field('', 'changes to the network, as depth=16,width=2,norm=none')
+  model: str = _field(
+    '', 'changes to the network, as depth=16,width=2,norm=none; tuples in quotes'
+  )
   optimizer: str = _field('sgd', 'a sharpness-aware method, or a base optimizer alone')
   base_optimizer: str = _field('', 'the base optimizer that follows the method')
   rho: float | None = _field(None, "the method's perturbation radius")

@@ -41,6 +41,13 @@ class Hook:
     """
     raise NotImplementedError
 
+  def check(self, lines: Sequence[dict[str, Any]]) -> None:
+    """Refuses to go on from its lines of earlier starts if it measures otherwise now.
+
+    Raises:
+      UsageError: its own lines would not be comparable with these.
+    """
+
   def memory(self) -> dict[str, np.ndarray]:
     """What later calls depend on, by name; a checkpoint keeps it."""
     return {}

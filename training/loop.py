@@ -67,7 +67,8 @@ def train(
     The run's summary, as in `summary.json`.
 
   Raises:
-    UsageError: the configuration, or a workdir that belongs to another.
+    UsageError: the configuration, a workdir that belongs to another, or a hook that
+      measures otherwise than at an earlier start.
     TrainingDiverged: a metric or parameter is not finite.
     SystemExit: 128 + signal number after SIGTERM or SIGINT, with a checkpoint saved.
   """
@@ -80,6 +81,10 @@ def train(
   finished = extension.finished(config, workdir)
   if finished:
     return finished
+  newest = max(checkpoints.steps(workdir), default=-1)
+  earlier = [line for line in metrics_lib.read(workdir) if line['step'] <= newest]
+  for hook in hooks:
+    hook.check([line for line in earlier if line['split'] == hook.name])
   run = _Run(config, problem, workdir, replicas, shared, timing, hooks)
   with contextlib.closing(run), _stop_signal() as stop:
     run.start()
@@ -142,10 +147,14 @@ class _Run:
     if parallel.is_primary():
       if not self._step:
         metrics_lib.keep_earlier(workdir, any_line=self._checkpoints.made)
-      self._metrics = metrics_lib.MetricsFile(
-        workdir, self._step or -1, self._score.name, timing=self._timing
-      )
       tested = config_lib.tested(config, self._epoch)
+      self._metrics = metrics_lib.MetricsFile(
+        workdir,
+        self._step or -1,
+        self._score.name,
+        tested=frozenset(tested),
+        timing=self._timing,
+      )
       if missing := self._metrics.missing(tested):
         warnings.warn(
           f'{workdir / metrics_lib.FILE_NAME} lacks epochs that the checkpoint has '

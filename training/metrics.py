@@ -8,7 +8,7 @@ import os
 import pathlib
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from training.errors import TrainingDiverged
@@ -42,7 +42,13 @@ class MetricsFile:
   """
 
   def __init__(
-    self, workdir: pathlib.Path, step: int, score: str, *, timing: bool = True
+    self,
+    workdir: pathlib.Path,
+    step: int,
+    score: str,
+    *,
+    tested: Collection[int] | None = None,
+    timing: bool = True,
   ):
     """Opens the file for a run that stands after `step`.
 
@@ -52,6 +58,9 @@ class MetricsFile:
       workdir: the run's folder.
       step: lines of later steps, and a half line at the end, are removed.
       score: name of the problem's main score.
+      tested: epochs after which the run evaluates the test split; lines about that
+        split of other epochs are removed, as of the end of a run that now goes on for
+        more epochs. None keeps all.
       timing: False leaves out the clock's fields, so that equal runs write equal files.
     """
     self._path = workdir / FILE_NAME
@@ -65,7 +74,12 @@ class MetricsFile:
         'its good lines go on.',
         stacklevel=2,
       )
-    kept = [line for line in lines if line['step'] <= step]
+    kept = [
+      line
+      for line in lines
+      if line['step'] <= step
+      and (tested is None or line['split'] != 'test' or line.get('epoch') in tested)
+    ]
     self._tested = {line.get('epoch') for line in kept if line['split'] == 'test'}
     self.measured: dict[str, list[dict[str, Any]]] = {}
     for line in kept:

@@ -20,6 +20,11 @@ def estimate(name: str, found: Any) -> dict[str, Any]:
   }
 
 
+def estimate_over_groups(name: str, found: Any) -> dict[str, Any]:
+  """The same with an error over groups, which a single group does not have."""
+  return estimate(name, found._replace(standard_error=found.standard_error or None))
+
+
 def extremes(pairs: curvature.Eigenpairs, k: int, size: int) -> dict[str, Any]:
   """Eigenpairs of both ends as entries of a summary.
 

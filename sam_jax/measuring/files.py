@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 
 from sam_jax import curvature
@@ -34,6 +36,16 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
   os.replace(temporary, path)
+
+
+def fingerprint(arrays: Any, *facts: Any) -> str:
+  """Changes with each bit of the leaves of a pytree, and with facts that JSON holds."""
+  digest = hashlib.blake2b(digest_size=16)
+  for leaf in jax.tree.leaves(arrays):
+    digest.update(np.ascontiguousarray(leaf).tobytes())
+  for fact in facts:
+    digest.update(json.dumps(fact, sort_keys=True).encode())
+  return digest.hexdigest()
 
 
 def save_spectrum(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -21,7 +20,14 @@ from sam_jax import landscape, plotting, probes
 from sam_jax.curvature.operators import Batch, LossFn, Params
 from sam_jax.curvature.products import at_least_float32
 from sam_jax.measuring import entries, files, pages
-from sam_jax.measuring.parts import MEASURES, NEED_PAIRS, PARTS, Options, Subject
+from sam_jax.measuring.parts import (
+  MEASURES,
+  NEED_PAIRS,
+  PARTS,
+  Options,
+  Subject,
+  check_example_losses,
+)
 
 _PACKAGES = ('jax', 'jaxlib', 'optax', 'numpy')
 
@@ -34,6 +40,7 @@ def measure(
   *,
   parts: Sequence[str] | None = None,
   weight: Callable[[Batch], float] | None = None,
+  example_losses_fn: Callable[[Params, Batch], jax.Array] | None = None,
   name: str = 'network',
   k: int = 5,
   tol: float = 1e-4,
@@ -57,11 +64,19 @@ def measure(
   `spectral_density.png`, `landscape.png` and `report.html`, one page with all of it.
   The summary has the keys of the one that `eval_hessian.py` writes; what only a run of
   `train.py` has, such as its optimizer, is null. It is written anew after each part, so
-  that what was done before a kill stays; a killed call does not go on.
+  that what was done before a kill can still be read. The next call does not go on from
+  there: it removes the earlier results and measures all of its parts.
 
-  Standard errors of the loss and of the extreme eigenvalues are taken over batches, of
-  eigenvalues by a bootstrap with the eigenvectors held fixed. With one batch they are
-  null. The groups of the worst case are the batches.
+  Standard errors of the loss and of the extreme eigenvalues tell how much these would
+  differ on other data of the same kind; those of eigenvalues are from a bootstrap with
+  the eigenvectors held fixed. With ``example_losses_fn`` they are over examples, as in
+  `eval_hessian.py`. Without it only means of batches are known, and they are over
+  batches. This is right if examples were assigned to batches at random, and imprecise
+  if batches are few: with n of them the relative error of a standard error is about
+  1 / sqrt(2 (n - 1)), and with one it is null. The error of the search is not in them,
+  which the residual tells, nor is that of training with another seed. The groups of the
+  worst case are the batches, and its error is over these. Errors of the trace, of the
+  Frobenius norm and of the average case are over random probes and draws alone.
 
   Args:
     loss_fn: ``loss_fn(params, batch) -> scalar``, the mean loss over the batch.
@@ -73,6 +88,9 @@ def measure(
       is all. The eigenvalues come with those that stand on them.
     weight: number of examples of a batch, ``weight(batch) -> number``. None: the
       leading dimension of the batch's first leaf.
+    example_losses_fn: ``example_losses_fn(params, batch) -> (B,)``, the losses of which
+      loss_fn is the mean, for standard errors over examples; differentiated in forward
+      mode only. None: they are over batches.
     name: what figures and report are headed with, and `task` in the summary.
     k: eigenvalues at each end; no more than there are parameters.
     tol: residual of each eigenpair, relative to the largest absolute eigenvalue.
@@ -95,8 +113,9 @@ def measure(
     What `summary.json` says.
 
   Raises:
-    ValueError: an argument is out of range, the loss is no scalar, or the folder holds
-      files of something else or, without ``overwrite``, of an earlier call.
+    ValueError: an argument is out of range, the loss is no scalar, example_losses_fn
+      does not give the losses of which loss_fn is the mean, or the folder holds files
+      of something else or, without ``overwrite``, of an earlier call.
     ImportError: ``figures`` without matplotlib.
     NonFiniteError: the parameters or the data hold NaN or infinity.
 
@@ -123,13 +142,17 @@ def measure(
     landscape_extent=landscape_extent,
     max_num_matvecs=max_num_matvecs,
     max_basis_gib=max_basis_gib,
+    errors_over='examples' if example_losses_fn else 'batches',
   )
   chosen = _chosen(parts)
   params = at_least_float32(params)
   batches = [jax.device_put(batch) for batch in batches]
-  subject = Subject(loss_fn, params, batches, weight, options, probes.typed_key(key))
+  key = probes.typed_key(key)
+  subject = Subject(loss_fn, example_losses_fn, params, batches, weight, options, key)
   _check(options, chosen, subject.operator.size)
   _check_loss(loss_fn, params, batches)
+  if example_losses_fn:
+    check_example_losses(subject)
   if figures and importlib.util.find_spec('matplotlib') is None:
     raise ImportError(
       'figures=True needs matplotlib: install it, or give figures=False'
@@ -270,7 +293,11 @@ def _summary(subject, facts, done, results, products, seconds) -> dict[str, Any]
   return {
     **facts,
     'measurements': list(done),
-    'notes': {name: text for name, text in pages.NOTES.items() if name in results},
+    'notes': {
+      name: text.format_map(options)
+      for name, text in pages.NOTES.items()
+      if name in results
+    },
     **results,
     'num_matvecs': sum(products.values()),
     'num_matvecs_by_part': dict(products),
@@ -278,7 +305,7 @@ def _summary(subject, facts, done, results, products, seconds) -> dict[str, Any]
     'seconds_by_part': dict(seconds),
     'options': options,
     'versions': versions,
-    'fingerprint': _fingerprint(subject.params, options, versions),
+    'fingerprint': files.fingerprint(subject.params, options, versions),
   }
 
 
@@ -301,15 +328,6 @@ def _facts(subject: Subject, name: str) -> dict[str, Any]:
     'matmul_precision': 'highest',
     'device': jax.devices()[0].device_kind,
   }
-
-
-def _fingerprint(params: Params, *facts: Any) -> str:
-  """Changes with the parameters, the options and the packages."""
-  digest = hashlib.blake2b(digest_size=16)
-  for leaf in jax.tree.leaves(params):
-    digest.update(np.ascontiguousarray(leaf).tobytes())
-  digest.update(json.dumps(facts, sort_keys=True).encode())
-  return digest.hexdigest()
 
 
 def _draw(folder: pathlib.Path, title: str) -> None:

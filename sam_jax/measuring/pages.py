@@ -10,6 +10,7 @@ from sam_jax.measuring import files, page
 
 Summary = Mapping[str, Any]
 
+# With names of options in braces.
 NOTES = {
   'lambda_max': (
     'the largest eigenvalue of the Hessian; its residual |H v - lambda v| is measured, '
@@ -17,7 +18,7 @@ NOTES = {
   ),
   'lambda_min': 'the algebraically smallest eigenvalue',
   'lambda_max_standard_error': (
-    'bootstrap over batches with the eigenvector held fixed; null with one batch'
+    'bootstrap over {errors_over} with the eigenvector held fixed; null with one'
   ),
   'adaptive_sharpness': (
     'largest eigenvalue of T H T with T = |w| of every parameter: does not change when '
@@ -100,9 +101,9 @@ def _reading(summary: Summary) -> str:
     f'Of the loss averaged over {summary["num_examples"]:,} examples, at '
     f'{summary["num_parameters"]:,} parameters; {summary["num_matvecs"]:,} products '
     f'with its Hessian.',
-    'Standard errors of the loss, of eigenvalues and of the worst case are over '
-    'batches, of the trace and the norm over probes, of the average case over draws; - '
-    'where there is none.',
+    'Standard errors of the loss and of eigenvalues are over '
+    f'{options["errors_over"]}, of the worst case over batches, of the trace and the '
+    'norm over probes, of the average case over draws; - where there is none.',
   ]
   if 'adaptive_sharpness' in summary:
     sentences.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,9 @@ import numpy as np
 from sam_jax import curvature, landscape, sharpness
 from sam_jax.curvature.products import leading_dimension
 from sam_jax.measuring import entries, files
+
+# Relative difference of two means of the same losses, taken in other orders.
+_SAME = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +34,15 @@ class Options:
   landscape_extent: float
   max_num_matvecs: int
   max_basis_gib: float
+  errors_over: str
 
 
 class Subject:
   """The network that is measured, and what its parts share."""
 
-  def __init__(self, loss_fn, params, batches, weight, options, key):
+  def __init__(self, loss_fn, example_losses_fn, params, batches, weight, options, key):
     self.loss_fn, self.params, self.batches = loss_fn, params, batches
+    self.example_losses_fn = example_losses_fn
     self.weight, self.options, self.key = weight or leading_dimension, options, key
     self.operator = curvature.hessian(loss_fn, params, batches, weight=self.weight)
     weights = np.array([float(self.weight(batch)) for batch in batches])
@@ -82,11 +88,47 @@ class Subject:
     return self._pairs
 
 
+def check_example_losses(subject: Subject) -> None:
+  """Checks on one batch that the losses of examples are those that are averaged.
+
+  Raises:
+    ValueError: they are no vector, or their mean is not the loss.
+  """
+  batch = subject.batches[0]
+  losses = np.asarray(_loss(subject.example_losses_fn, subject.params, batch), float)
+  if losses.ndim != 1:
+    raise ValueError(
+      f'example_losses_fn gives an array of shape {losses.shape}: give one loss '
+      'for each example of the batch, (B,)'
+    )
+  loss = float(_loss(subject.loss_fn, subject.params, batch))
+  if abs(losses.mean() - loss) > _SAME * max(abs(loss), np.abs(losses).mean()):
+    raise ValueError(
+      f'example_losses_fn has the mean {losses.mean():.6g} over the first batch where '
+      f'loss_fn gives {loss:.6g}: give the losses of which loss_fn is the mean'
+    )
+
+
+def _members(
+  subject: Subject, values: Sequence[jax.Array]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Values of the members that standard errors are over, and how much each counts.
+
+  Args:
+    subject: what is measured.
+    values: of each batch, a scalar or those of its examples, (B,).
+  """
+  found = [np.ravel(np.asarray(x, np.float64)) for x in values]
+  counts = [len(x) for x in found]
+  return np.concatenate(found), np.repeat(subject.weights / counts, counts)
+
+
 def _evaluation(subject: Subject) -> dict[str, Any]:
-  values = np.array(
-    [float(_loss(subject.loss_fn, subject.params, batch)) for batch in subject.batches]
-  )
-  return {'evaluation': entries.mean_with_error('train_loss', values, subject.weights)}
+  losses = subject.example_losses_fn or subject.loss_fn
+  values = [_loss(losses, subject.params, batch) for batch in subject.batches]
+  return {
+    'evaluation': entries.mean_with_error('train_loss', *_members(subject, values))
+  }
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -98,21 +140,21 @@ def _loss(loss_fn, params, batch):
 def _eigenvalues(subject: Subject) -> dict[str, Any]:
   pairs = subject.pairs
   found = entries.extremes(pairs, subject.options.k, subject.operator.size)
-  names = ('lambda_max', 'lambda_min', 'lambda_max_over_abs_lambda_min')
-  errors = {f'{name}_standard_error': None for name in names}
-  if len(subject.batches) > 1:
-    product = curvature.hessian_product(subject.loss_fn)
-    curvatures = np.array(
-      [
-        [
-          float(_along(product, subject.params, batch, pairs.eigenvectors[index]))
-          for batch in subject.batches
-        ]
-        for index in (0, -1)
-      ]
-    )
+  if subject.example_losses_fn:
+    along = functools.partial(_along_of_examples, subject.example_losses_fn)
+  else:
+    along = functools.partial(_along, curvature.hessian_product(subject.loss_fn))
+  ends = [
+    [along(subject.params, batch, pairs.eigenvectors[i]) for batch in subject.batches]
+    for i in (0, -1)
+  ]
+  (tops, weights), (bottoms, _) = (_members(subject, values) for values in ends)
+  if len(weights) > 1:
     seed = np.asarray(jax.random.key_data(subject.key)).ravel()
-    errors = entries.extremes_errors(curvatures, subject.weights, seed)
+    errors = entries.extremes_errors(np.stack([tops, bottoms]), weights, seed)
+  else:
+    names = ('lambda_max', 'lambda_min', 'lambda_max_over_abs_lambda_min')
+    errors = {f'{name}_standard_error': None for name in names}
   return {**found, **errors}
 
 
@@ -123,6 +165,18 @@ def _along(product, params, batch, vector):
     image = product(params, batch, vector)
   pairs = zip(jax.tree.leaves(vector), jax.tree.leaves(image), strict=True)
   return sum(jnp.sum(v * h) for v, h in pairs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _along_of_examples(example_losses_fn, params, batch, vector):
+  """What each example of a batch adds to ``v . H v``, (B,)."""
+
+  def slope(params):
+    losses = lambda params: example_losses_fn(params, batch)
+    return jax.jvp(losses, (params,), (vector,))[1]
+
+  with jax.default_matmul_precision('highest'):
+    return jax.jvp(slope, (params,), (vector,))[1]
 
 
 def _adaptive_sharpness(subject: Subject) -> dict[str, Any]:
@@ -162,29 +216,27 @@ def _trace(subject: Subject) -> dict[str, Any]:
 
 
 def _worst_case(subject: Subject) -> dict[str, Any]:
-  found = sharpness.worst_case(
-    subject.loss_fn,
-    subject.params,
-    subject.batches,
-    subject.options.worst_case_rho,
-    key=subject.key_of(4),
-    weight=subject.weight,
-  )
-  # A single group says nothing of how the groups spread.
-  error = found.standard_error or None
-  return entries.estimate('worst_case_sharpness', found._replace(standard_error=error))
+  size = subject.options.worst_case_rho
+  found = _rise(subject, sharpness.worst_case, size, 4)
+  return entries.estimate_over_groups('worst_case_sharpness', found)
 
 
 def _average_case(subject: Subject) -> dict[str, Any]:
-  found = sharpness.average_case(
+  size = subject.options.average_case_sigma
+  found = _rise(subject, sharpness.average_case, size, 5)
+  return entries.estimate('average_case_sharpness', found)
+
+
+def _rise(subject: Subject, function: Callable[..., Any], size: float, number: int):
+  """The rise of the loss near the parameters, by a function of `sharpness`."""
+  return function(
     subject.loss_fn,
     subject.params,
     subject.batches,
-    subject.options.average_case_sigma,
-    key=subject.key_of(5),
+    size,
+    key=subject.key_of(number),
     weight=subject.weight,
   )
-  return entries.estimate('average_case_sharpness', found)
 
 
 def _landscape(subject: Subject) -> dict[str, Any]:

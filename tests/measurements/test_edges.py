@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import flax.linen as nn
 import jax
@@ -245,6 +246,41 @@ def test_a_killed_run_writes_the_same_lines(
   assert not list((tmp_path / 'run').glob('*.tmp*'))
   with PIL.Image.open(tmp_path / 'run' / 'edges.png') as image:
     assert image.size[0] > 300
+
+
+def test_a_run_is_tracked_on_the_same_examples_to_its_end(problem, tmp_path, whole):
+  workdir = tmp_path / 'run'
+  shutil.copytree(whole, workdir)
+  (workdir / 'summary.json').unlink()
+  files = {p: p.stat().st_mtime_ns for p in workdir.rglob('*')}
+  with pytest.raises(UsageError, match='track_on=train: .* --track_on=batch so far'):
+    _run(problem, workdir, on='train')
+  assert files == {p: p.stat().st_mtime_ns for p in workdir.rglob('*')}
+  # Lines of an earlier version do not tell; those after the checkpoint are cut away.
+  path = workdir / 'metrics.jsonl'
+  path.write_text(
+    path.read_text().replace('"on": "batch", ', '')
+    + '{"step": 13, "epoch": 5, "split": "edges", "on": "batch"}\n'
+  )
+  _run(problem, workdir, on='train')
+
+
+class Scales(nn.Module):
+  """Fewer parameters than a search has vectors."""
+
+  @nn.compact
+  def __call__(self, x, *, train=False):
+    del train
+    return x[:, :3] * self.param('scales', nn.initializers.normal(), (3,))[None]
+
+
+def test_the_vectors_of_a_network_of_few_parameters_are_kept(problem):
+  problem = problem._replace(model=Scales())
+  tracker, other = (measurements.tracker('edges', problem, PLAIN) for _ in range(2))
+  tracker(_trained(problem, PLAIN, 0), 0)
+  memory = tracker.memory()
+  other.recall(memory)
+  np.testing.assert_array_equal(other.memory()['block/0'], memory['block/0'])
 
 
 def test_a_run_ends_with_its_medians(whole):

@@ -85,6 +85,46 @@ def test_standard_errors_are_over_batches(quadratic, measured):
   assert evaluation['train_loss_standard_error'] == pytest.approx(expected, rel=1e-4)
 
 
+def _losses(params, batch):
+  return 0.5 * batch @ params['kernel'].reshape(-1) ** 2
+
+
+def test_standard_errors_over_examples(quadratic, tmp_path):
+  """However the examples are cut into batches, and for a single one."""
+  params, batches = quadratic
+  rows = np.concatenate(batches).astype(np.float64)
+  losses = 0.5 * rows @ np.ravel(params['kernel']).astype(np.float64) ** 2
+  few = {'parts': ['evaluation', 'eigenvalues'], 'k': 2, 'example_losses_fn': _losses}
+  for number, data in enumerate((batches, [jnp.concatenate(batches)])):
+    folder = tmp_path / str(number)
+    found = sam_jax.measure(_loss, params, data, folder, **few)
+    evaluation = found['evaluation']
+    assert evaluation['train_loss'] == pytest.approx(losses.mean(), rel=1e-6)
+    expected = losses.std(ddof=1) / np.sqrt(24)
+    assert evaluation['train_loss_standard_error'] == pytest.approx(expected, rel=1e-4)
+    # Of the resamples there are 200: their spread is known within 5 %.
+    for name, column in (('lambda_max', 0), ('lambda_min', 7)):
+      expected = rows[:, column].std() / np.sqrt(24)
+      error = found[f'{name}_standard_error']
+      assert error == pytest.approx(expected, rel=0.2), name
+    assert 'over examples' in found['notes']['lambda_max_standard_error']
+    assert 'of eigenvalues are over examples, ' in (folder / 'report.html').read_text()
+
+
+@pytest.mark.parametrize(
+  ('losses', 'words'),
+  [
+    (_loss, r'an array of shape \(\): give one loss for each'),
+    (lambda params, batch: 2 * _losses(params, batch), 'the losses of which loss_fn'),
+  ],
+)
+def test_losses_of_other_examples_are_refused(losses, words, quadratic, tmp_path):
+  folder = tmp_path / 'new'
+  with pytest.raises(ValueError, match=f'example_losses_fn .*{words}'):
+    sam_jax.measure(_loss, *quadratic, folder, example_losses_fn=losses)
+  assert not folder.exists()
+
+
 def test_files_hold_what_the_summary_says(measured, quadratic):
   folder, found, lines = measured
   assert {path.name for path in folder.iterdir()} == {
@@ -205,7 +245,10 @@ def test_a_measurement_that_stops_leaves_what_it_did(quadratic, tmp_path):
     sam_jax.measure(broken, params, quadratic[1], tmp_path, **few)
   left = json.loads((tmp_path / 'summary.json').read_text())
   assert left['measurements'] == ['evaluation'] and 'lambda_max' not in left
-  sam_jax.measure(_loss, *quadratic, tmp_path, parts=['evaluation'], **few)
+  # The next call measures what it is asked for, and nothing of this one stays.
+  again = sam_jax.measure(_loss, *quadratic, tmp_path, parts=['trace'], **few)
+  assert again['measurements'] == ['eigenvalues', 'trace']
+  assert 'evaluation' not in again
 
 
 def test_numbers_are_those_of_eval_hessian(tmp_path):

@@ -4,6 +4,8 @@ import dataclasses
 import fcntl
 import html.parser
 import json
+import pathlib
+import re
 import shutil
 
 import jax
@@ -316,3 +318,70 @@ def test_help_names_every_flag(capsys):
   text = capsys.readouterr().out
   for field in dataclasses.fields(measurements.Options):
     assert f'{field.name}' in text
+
+
+_STACKED = """
+import flax.linen as nn
+import numpy as np
+
+import training
+from input_pipelines import ArraySplit
+from training import scores
+
+RECIPE = training.Config(
+  optimizer='sgd', base_optimizer='sgd', epochs=1, batch_size=8, label_smoothing=0.0,
+)
+
+
+class Layers(nn.Module):
+  @nn.compact
+  def __call__(self, x, *, train=False):
+    for kernel in self.param('kernel', nn.initializers.normal(), (2, 3, 3)):
+      x = nn.tanh(x @ kernel)
+    return x[:, 0]
+
+
+def build(config):
+  x = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
+  split = ArraySplit(x, x[:, 0])
+  return training.Problem(
+    model=Layers(), train=split, test=split, example_losses=scores.squared_error,
+    scores=scores.SquaredError(), example_inputs=x[:1],
+  )
+"""
+
+
+def test_filters_that_are_not_known_are_refused(tmp_path, capsys):
+  task, workdir = tmp_path / 'stacked.py', f'--workdir={tmp_path / "run"}'
+  task.write_text(_STACKED)
+  flags = ['--nocache', '--devices=1', workdir, f'--task={task}']
+  assert cli.run(train.main, ['train.py', *flags]) == 0
+  capsys.readouterr()
+  flags = [workdir, '--measure=landscape', '--landscape_points=2']
+  assert _run(*flags) == 2
+  error = capsys.readouterr().err
+  assert error.count('\n') == 1
+  assert '--landscape_directions=filter: what the filters of kernel are cannot' in error
+  assert not (tmp_path / 'run/hessian/summary.json').exists()
+  assert error.endswith('give --landscape_directions=layer.\n')
+  assert _run(*flags, '--landscape_directions=layer') == 0
+
+
+def test_the_task_of_the_docs(tmp_path, capsys):
+  """Two parameters: what is asked for by default is refused, and how it is mended."""
+  text = (pathlib.Path(train.__file__).parent / 'docs' / 'tasks.md').read_text()
+  task, workdir = tmp_path / 'my_task.py', f'--workdir={tmp_path / "run"}'
+  task.write_text(re.search('```python\n(.*?)```', text, re.DOTALL)[1])
+  flags = ['--nocache', '--devices=1', workdir, f'--task={task}', '--optimizer=sam']
+  assert cli.run(train.main, ['train.py', *flags]) == 0
+  capsys.readouterr()
+  for flags, words in (
+    ([], '--top_k=5: only 2 parameters are measured; give at most that.'),
+    (['--top_k=2'], 'of 2 parameters 1 would be moved; give --landscape_biases to'),
+  ):
+    assert _run(workdir, *flags) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count('\n') == 1
+  mended = re.search('that is `(--top_k.*)`', text)[1].split()
+  fast = [flag for flag in _FAST if not flag.startswith(('--top_k', '--num_ex'))]
+  assert _run(workdir, *fast, *mended) == 0

@@ -15,7 +15,7 @@ import pytest
 
 import tasks
 import train
-from input_pipelines import DataError
+from input_pipelines import DataError, sources
 from training import checkpoints, cli, methods, metrics
 from training import config as config_lib
 
@@ -71,6 +71,11 @@ def _run(*arguments):
     ('--devices=99', '--devices=99: this process has'),
     ('--m_sharpness=5 --optimizer=sam', 'must divide --batch_size'),
     ('--init_from=/nowhere', '--init_from=/nowhere: /nowhere has no checkpoint'),
+    ('--model=features=20', 'features is a tuple, written in brackets and quotes, as'),
+    ('--model=features=20', "--model='features=(20,)' or --model='features=(20,30)'"),
+    ('--model=features=8+8', "in brackets and quotes, as --model='features=(20,30)'"),
+    ('--model=features=8,8', "in brackets and quotes, as --model='features=(20,30)'"),
+    ('--model=features=[8]', 'features is a tuple, written in brackets and quotes, as'),
     ('sam', "unexpected argument 'sam'"),
   ],
 )
@@ -90,6 +95,37 @@ def test_data_that_is_not_there(tmp_path, capsys):
   assert _run('--task=mutagenicity_gcn', *folders, f'--workdir={workdir}') == 2
   assert 'Mutagenicity.zip' in capsys.readouterr().err
   assert time.monotonic() - start < 10 and not workdir.exists()
+
+
+@pytest.mark.parametrize(
+  ('flags', 'names'),
+  [
+    (
+      ['--task=eos_mnist_mlp'],
+      'train-images-idx3-ubyte.gz + train-labels-idx1-ubyte.gz + '
+      't10k-images-idx3-ubyte.gz + t10k-labels-idx1-ubyte.gz or train-images-idx3',
+    ),
+    (
+      ['--task=eos_stochastic', '--scale=small'],
+      't10k-images-idx3-ubyte.gz + t10k-labels-idx1-ubyte.gz or t10k-images',
+    ),
+    (['--task=eos_cohen_tanh'], 'cifar-10-binary.tar.gz or cifar10.npz or cifar-10-p'),
+    (['--task=eos_shakespeare_transformer'], 'tinyshakespeare.txt or input.txt'),
+  ],
+)
+def test_files_that_are_looked_for_are_named(
+  flags, names, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setattr(sources, '_answers', lambda url: False)
+  workdir, folder = tmp_path / 'run', tmp_path / 'data'
+  flags = [*flags, f'--manual_dir={folder}', f'--data_dir={tmp_path}']
+  for where in (f'{folder}, which is no folder', str(folder)):
+    assert _run(*flags, f'--workdir={workdir}') == 2
+    error = capsys.readouterr().err
+    assert names in error and error.count('\n') == 1
+    assert f' is not in {where}, there is no prepared set' in error
+    folder.mkdir(exist_ok=True)
+  assert not workdir.exists()
 
 
 def test_help_of_a_task_tells_its_recipe(capsys):
@@ -127,6 +163,36 @@ def test_a_run_writes_its_files_and_a_second_start_only_reports(finished, capsys
   assert _run(f'--workdir={finished}', '--epochs=2', '--optimizer=sam') == 0
   assert 'generalization gap' in capsys.readouterr().out
   assert files == {p: p.stat().st_mtime_ns for p in finished.rglob('*')}
+
+
+@pytest.mark.filterwarnings('default')
+def test_what_a_finished_run_did_not_measure_is_told(finished, capsys, monkeypatch):
+  run = lambda *flags: _run(
+    f'--workdir={finished}', '--epochs=2', '--optimizer=sam', *flags
+  )
+  for flags, words in (
+    (['--track=foo'], '--track=foo: choose of edges'),
+    (['--track=edges', '--track_on=all'], '--track_on=all: give batch'),
+    (['--track=edges', '--track_share=2'], '--track_share=2: must be'),
+    (['--track_on=train'], '--track_on=train has no effect without --track'),
+    (['--measure=foo'], '--measure=foo: choose of'),
+    (['--measure=trace', '--measure_every=-1'], '--measure_every=-1: must not'),
+  ):
+    assert run(*flags) == 2
+    out, error = capsys.readouterr()
+    assert words in error and error.count('\n') == 1 and not out
+  for flag, done in (('--track=edges', 'tracked'), ('--measure=trace', 'measured')):
+    assert run(flag) == 0
+    out, error = capsys.readouterr()
+    assert f'{flag}: the run in {finished} is finished and nothing was {done}' in error
+    assert error.count('\n') == 1 and 'generalization gap' in out
+  # Of one that was tracked the examples are compared too.
+  lines = [{'step': 0, 'split': 'edges', 'on': 'batch'}]
+  monkeypatch.setattr(train.metrics, 'read', lambda workdir: lines)
+  assert run('--track=edges', '--track_every=3') == 0
+  assert not capsys.readouterr().err
+  assert run('--track=edges', '--track_on=train') == 2
+  assert 'track_on=train: this run was tracked' in capsys.readouterr().err
 
 
 def test_other_flags_on_its_workdir_are_refused(finished, capsys):

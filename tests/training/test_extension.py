@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from training import Config, UsageError, checkpoints, extension, loop, summary
+from training import Config, UsageError, checkpoints, extension, loop, metrics, summary
 from training import config as config_lib
 
 _CONFIG = Config(
@@ -41,8 +41,8 @@ def test_more_epochs_change_no_bit(small, tmp_path):
   clock = ('wall_time_seconds', 'input_wait_share')
   for name in set(expected) - set(clock):
     assert found[name] == expected[name], name
-  metrics = [(workdir / 'metrics.jsonl').read_bytes() for workdir in (whole, grown)]
-  assert metrics[0] == metrics[1]
+  lines = [(workdir / 'metrics.jsonl').read_bytes() for workdir in (whole, grown)]
+  assert lines[0] == lines[1]
   arrays = [checkpoints.load(workdir).arrays for workdir in (whole, grown)]
   assert {n: x.tobytes() for n, x in arrays[0].items()} == {
     n: x.tobytes() for n, x in arrays[1].items()
@@ -50,6 +50,19 @@ def test_more_epochs_change_no_bit(small, tmp_path):
   # Fewer are still refused.
   with pytest.raises(UsageError, match='epochs is 3 there and 2 here'):
     extension.check(_with(epochs=2), grown)
+
+
+@pytest.mark.parametrize(('every', 'first'), [(2, 1), (2, 2)])
+def test_only_the_tests_of_the_whole_run_stay(small, tmp_path, every, first):
+  """The test at the end of a shorter run is not one of the longer run's."""
+  whole, grown = tmp_path / 'whole', tmp_path / 'grown'
+  expected = _train(small, whole, evaluate_every=every)
+  _train(small, grown, evaluate_every=every, epochs=first)
+  assert metrics.read(grown)[-1]['split'] == 'test'
+  found = _train(small, grown, evaluate_every=every)
+  lines = [(workdir / 'metrics.jsonl').read_bytes() for workdir in (whole, grown)]
+  assert lines[0] == lines[1]
+  assert found['best'] == expected['best'] and found['final'] == expected['final']
 
 
 def _finished(workdir, config):
