@@ -16,6 +16,8 @@ from training import (
   Config,
   Problem,
   UsageError,
+  loop,
+  metrics,
   microbatches,
   parallel,
   sharing,
@@ -254,6 +256,26 @@ def test_temporaries_are_those_of_the_small_batch():
 
   small, large, parts = temporaries(64, 1), temporaries(256, 1), temporaries(256, 4)
   assert small < parts < (small + large) / 2, (small, parts, large)
+
+
+def test_a_run_writes_the_lines_of_the_whole_batch(small, tmp_path):
+  """The same steps and epochs, and the same numbers but for rounding."""
+  train = small.split(12 * 2 + 5)
+  problem = small.problem(train)._replace(model=Plain())
+  found = []
+  for num in (1, 4):
+    config = _config(optimizer='sam', epochs=2, log_every=1, grad_accum_steps=num)
+    folder = tmp_path / str(num)
+    summary = loop.train(config, problem, folder, num_devices=1, timing=False)
+    assert summary['grad_accum_steps'] == num
+    found.append(metrics.read(folder))
+  assert len(found[0]) == len(found[1]) == 2 * (3 + 2)
+  for a, b in zip(*found, strict=True):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+      assert b[name] == (
+        pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
+      )
 
 
 @pytest.mark.parametrize(
