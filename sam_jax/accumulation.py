@@ -71,6 +71,9 @@ def accumulate(
   one microbatch's. NaN of a microbatch is NaN of the result, except where its weight is
   0: a microbatch without examples, whose mean is 0 / 0, has no part in it.
 
+  `esam` chooses examples, which are gathered before they are split into microbatches;
+  methods with one gradient a step take it at `gradient_point` as always.
+
   Randomness such as dropout: put a key for each microbatch among its leaves, such as
   ``jax.random.split(key, k)``, so that both gradients see the same masks.
 
