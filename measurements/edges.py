@@ -14,7 +14,7 @@ from measurements.edges_program import ADAMS, Found, Program, stacked
 from sam_jax import curvature
 from sam_jax.measuring.entries import plain
 from training import config as config_lib
-from training import methods, optimizers
+from training import methods, microbatches, optimizers
 from training.config import Config
 from training.errors import UsageError
 from training.hooks import Hook
@@ -45,6 +45,8 @@ class Edges(Hook):
     """Takes what `track` has checked."""
     self._problem, self._config = problem, config
     self._every, self._on, self._share = every, on, share
+    # No more examples at once than a step takes.
+    self._at_once = config.batch_size // config.grad_accum_steps
     batches = problem.train.batches(config.batch_size, seed=config.seed)
     self._batches, self._steps_per_epoch = batches, batches.steps_per_epoch
     self._program = Program(problem, config, self._steps_per_epoch, _TOL)
@@ -117,7 +119,7 @@ class Edges(Hook):
     Raises:
       UsageError: several batches that do not make a stack.
     """
-    train, size = self._problem.train, self._config.batch_size
+    train, size = self._problem.train, self._at_once
     if self._on == 'batch' and self._steps_per_epoch > 1:
       return None
     if self._on in _SPLITS:
@@ -134,7 +136,7 @@ class Edges(Hook):
 
   def _drawn(self, count: int) -> list[Batch]:
     """Batches of some examples, drawn by the seed."""
-    size = min(count, self._config.batch_size)
+    size = min(count, self._at_once)
     found = []
     for batch in self._problem.train.batches(size, seed=self._config.seed).epoch(0):
       weights = np.array(batch['weights'])
@@ -150,7 +152,10 @@ class Edges(Hook):
     if self._fixed is not None:
       return self._fixed
     epoch, start = divmod(step, self._steps_per_epoch)
-    return next(iter(self._batches.epoch(epoch, start)))
+    batch = next(iter(self._batches.epoch(epoch, start)))
+    # At least an example each: nothing has a mean over none.
+    num = min(self._config.grad_accum_steps, int(batch['weights'].sum()))
+    return microbatches.split(batch, num) if num > 1 else batch
 
   # Cost, in gradients times examples.
 

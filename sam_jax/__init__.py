@@ -9,6 +9,8 @@ from sam_jax import perturbations as perturbations
 from sam_jax import plotting as plotting
 from sam_jax import probes as probes
 from sam_jax import sharpness as sharpness
+from sam_jax.accumulation import accumulate as accumulate
+from sam_jax.accumulation import microbatches as microbatches
 from sam_jax.chains import check as check
 from sam_jax.curvature import hvp as hvp
 from sam_jax.measuring.one_call import measure as measure

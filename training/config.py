@@ -81,6 +81,11 @@ class Config:
   m_sharpness: int | None = _field(
     None, 'examples that share a perturbation, a divisor of --batch_size; unset: all'
   )
+  grad_accum_steps: int = _field(
+    1,
+    'microbatches that each device takes its examples in, one after the other: the '
+    'same step in less memory; a divisor of --batch_size',
+  )
   perturb_every: int = _field(1, 'run the method every so many steps')
   perturb_from: float = _field(0.0, 'epoch from which on the method runs')
   perturb_until: float = _field(0.0, 'epoch until which the method runs; 0: the end')
@@ -122,7 +127,13 @@ class Config:
 
 
 _CHOICES = {'schedule': SCHEDULES, 'dtype': DTYPES}
-_AT_LEAST_ONE = ('epochs', 'batch_size', 'perturb_every', 'evaluate_every')
+_AT_LEAST_ONE = (
+  'epochs',
+  'batch_size',
+  'grad_accum_steps',
+  'perturb_every',
+  'evaluate_every',
+)
 _NOT_NEGATIVE = (
   'learning_rate',
   'warmup_epochs',
@@ -185,6 +196,12 @@ def _validate_together(config: Config) -> None:
       config.m_sharpness > 0 and config.batch_size % config.m_sharpness == 0,
       f'must divide --batch_size={config.batch_size}',
     )
+  _require(
+    config,
+    'grad_accum_steps',
+    config.batch_size % config.grad_accum_steps == 0,
+    f'must divide --batch_size={config.batch_size}',
+  )
   _require(
     config,
     'perturb_from',

@@ -22,6 +22,7 @@ from training import (
   curves,
   extension,
   feeding,
+  microbatches,
   optimizers,
   parallel,
   sharing,
@@ -77,6 +78,7 @@ def train(
   optimizers.validate(config)
   replicas = parallel.DataParallel(num_devices)
   shared = sharing.of(config, replicas.num_replicas)
+  microbatches.check(problem, shared.microbatches)
   extension.check(config, workdir)
   finished = extension.finished(config, workdir)
   if finished:
@@ -296,7 +298,9 @@ class _Run:
 
   def _evaluate(self, feed: feeding.Feed) -> tuple[dict[str, float], dict[str, Any]]:
     """Mean loss and score of a split in evaluation mode, and the sums of its totals."""
-    batches = feed.split.batches(self._config.batch_size, shards=self._replicas.axes)
+    # No larger than what a step takes at once.
+    size = self._config.batch_size // self._config.grad_accum_steps
+    batches = feed.split.batches(size, shards=self._replicas.axes)
     variables = (self._state.params, self._state.batch_stats)
     sums = [self._eval_step(variables, batch) for batch in feed.epoch(batches, 0)]
     sums = [self._replicas.first(x) for x in sums]

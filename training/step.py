@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 import sam_jax
-from training import methods, optimizers
+from training import methods, microbatches, optimizers
 from training import problem as problem_lib
 from training.config import Config
 from training.problem import Batch, Problem
@@ -94,7 +94,9 @@ class Stepper:
 
     A shard's loss is its sum over an equal share of the batch's total weight, so the
     mean over replicas (and groups) is the mean over the batch whatever the shards hold.
-    Dropout draws the same mask in all passes. Loss, score and batch statistics are
+    Dropout draws the same mask in all passes. With microbatches every gradient is
+    accumulated over all of them, each with batch statistics and dropout of its own; the
+    step is otherwise that of the whole share. Loss, score and batch statistics are
     those of the clean pass; a method with one gradient has none, and its loss and
     statistics are those of the point where it takes it, logged as ``perturbed_loss``.
 
@@ -159,6 +161,15 @@ class _Facts(NamedTuple):
   batch_stats: Any
   losses: jax.Array
 
+  def joined(self, part: _Part) -> _Facts:
+    """Those of a part from those of its microbatches, along their leading axis."""
+    return _Facts(
+      jnp.sum(self.score),
+      jnp.sum(self.weight),
+      _mean_stats(self.batch_stats, self.weight),
+      microbatches.join(self.losses, len(part.batch['weights'])),
+    )
+
 
 class _Shard(NamedTuple):
   """One replica's shard of a batch, and the losses of all, a group, or some of it.
@@ -203,7 +214,7 @@ class _Shard(NamedTuple):
     if not groups:
       (value, facts), grads = self._value_and_grad(params)
       return value, grads, facts
-    values, facts = jax.lax.map(lambda g: self._loss(params, g), jnp.arange(groups))
+    values, facts = jax.lax.map(lambda g: self._forward(params, g), jnp.arange(groups))
     return jnp.mean(values), jax.tree.map(jnp.zeros_like, params), facts
 
   def value_and_grad(
@@ -215,7 +226,7 @@ class _Shard(NamedTuple):
 
   def example_losses(self, params: Any) -> jax.Array:
     """The loss of each example, (B,)."""
-    return self._loss(params)[1].losses
+    return self._forward(params)[1].losses
 
   def score(self, facts: _Facts) -> jax.Array:
     """The main score, the mean over all replicas' examples."""
@@ -244,42 +255,87 @@ class _Shard(NamedTuple):
     return tree if axis is None else jax.lax.psum(tree, axis)
 
   def _value_and_grad(self, params, which=None):
+    part, num = self._part(which), self.stepper.sharing.microbatches
     function = jax.value_and_grad(self._loss, has_aux=True)
-    (value, facts), grads = function(params, which)
+    if num > 1:
+      function = sam_jax.accumulate(function, has_aux=True)
+    (value, facts), grads = function(params, part if num == 1 else part.split(num))
+    facts = facts if num == 1 else facts.joined(part)
     if self.stepper.sharing.whole:
       value, grads = self.mean((value, grads))
     return (value, facts), grads
 
-  def _loss(self, params, which=None) -> tuple[jax.Array, _Facts]:
+  def _forward(self, params, which=None) -> tuple[jax.Array, _Facts]:
+    """The loss without its gradient, in the same parts."""
+    part, num = self._part(which), self.stepper.sharing.microbatches
+    if num == 1:
+      return self._loss(params, part)
+    values, facts = jax.lax.map(lambda x: self._loss(params, x), part.split(num))
+    return jnp.mean(values), facts.joined(part)
+
+  def _loss(self, params, part) -> tuple[jax.Array, _Facts]:
     problem, config = self.stepper.problem, self.stepper.config
-    batch, key, normalizer = self._part(which)
+    batch = part.batch
     value, seen = problem_lib.loss(
       problem,
       params,
       self.batch_stats,
       batch,
       train=True,
-      key=key,
+      key=part.key,
       dtype=config.dtype,
-      normalizer=normalizer,
+      normalizer=part.divisor,
     )
     score = problem.scores.of_examples(seen.outputs, batch)
     weight = jnp.sum(batch['weights'])
     total_score = problem_lib.mean(score, batch, 1)
+    # Of microbatches means are taken, and their losses are to be summed.
+    value = self.stepper.sharing.microbatches * value
     return value, _Facts(total_score, weight, seen.batch_stats, seen.losses)
 
-  def _part(self, which) -> tuple[Batch, jax.Array, jax.Array]:
-    """All examples, a group, or chosen ones: the batch, its key, and its divisor."""
+  def _part(self, which) -> _Part:
+    """All examples, a group, or chosen ones."""
     if which is None:
-      return self.batch, self.key, self.share
+      return _Part(self.batch, self.key, self.share)
     if self.stepper.sharing.groups:
       group = jax.tree.map(lambda leaf: leaf[which], self.batch)
-      return group, jax.random.fold_in(self.key, which), self.share
+      return _Part(group, jax.random.fold_in(self.key, which), self.share)
     batch, weight = _subset(self.batch, which)
     # The chosen speak for the shard: their mean, times the shard's part of the batch.
     part = jnp.sum(self.batch['weights']) / self.share
     divisor = weight / jnp.where(part > 0, part, 1)
-    return batch, self.key, jnp.where(weight > 0, divisor, 1)
+    return _Part(batch, self.key, jnp.where(weight > 0, divisor, 1))
+
+
+class _Part(NamedTuple):
+  """Examples whose loss is taken at once.
+
+  Attributes:
+    batch: the examples.
+    key: of their dropout.
+    divisor: of the weighted sum of their losses.
+  """
+
+  batch: Batch
+  key: jax.Array
+  divisor: jax.Array
+
+  def split(self, num: int) -> _Part:
+    """Microbatches along a leading axis; the sum of their losses is that of all."""
+    keys = jax.vmap(lambda j: jax.random.fold_in(self.key, j))(jnp.arange(num))
+    divisors = jnp.full(num, self.divisor)
+    return _Part(microbatches.split(self.batch, num), keys, divisors)
+
+
+def _mean_stats(batch_stats: Any, weights: jax.Array) -> Any:
+  """The mean over a leading axis by weights (k,); what weighs nothing has no say."""
+
+  def mean(leaf):
+    weight = jnp.reshape(weights, weights.shape + (1,) * (leaf.ndim - 1))
+    product = jnp.where(weight > 0, weight * leaf, 0)
+    return (jnp.sum(product, axis=0) / jnp.sum(weights)).astype(leaf.dtype)
+
+  return jax.tree.map(mean, batch_stats)
 
 
 def _subset(batch: Batch, indices: jax.Array) -> tuple[Batch, jax.Array]:

@@ -48,6 +48,7 @@ def write(
     'rho': config.rho,
     'hyperparameters': config.hyperparameters,
     'm_sharpness': config.m_sharpness,
+    'grad_accum_steps': config.grad_accum_steps,
     'seed': config.seed,
     'final': {
       'train_loss': train['loss'],

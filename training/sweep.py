@@ -34,6 +34,7 @@ _OF_TRAINING = (
   'weight_decay',
   'clip_norm',
   'm_sharpness',
+  'grad_accum_steps',
   'perturb_every',
   'perturb_from',
   'perturb_until',

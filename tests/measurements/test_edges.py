@@ -110,10 +110,13 @@ def _oracle(dense, params, batch, rho):
   return by_size, norm, cosine(gradient), cosine(perturbed), float(loss)
 
 
-@pytest.mark.parametrize('on', ['batch', 'train', '5', '17'])
-def test_a_line_is_what_a_dense_computation_gives(problem, dense, on):
-  config = CONFIG
-  state = _state(problem, config, 4)
+@pytest.mark.parametrize(
+  ('on', 'num'),
+  [('batch', 1), ('train', 1), ('5', 1), ('17', 1), ('batch', 4), ('17', 2)],
+)
+def test_a_line_is_what_a_dense_computation_gives(problem, dense, on, num):
+  config = dataclasses.replace(CONFIG, grad_accum_steps=num)
+  state = _state(problem, CONFIG, 4)
   line = measurements.tracker('edges', problem, config, on=on)(state, 4)
   if on == 'batch':  # that of the fifth step, the second of the second epoch
     batch = list(problem.train.batches(8, seed=0).epoch(1))[1]
@@ -139,6 +142,20 @@ def test_a_line_is_what_a_dense_computation_gives(problem, dense, on):
   # Along the top eigenvector SAM multiplies by 1 - eta lambda (1 + rho lambda / |g|).
   edge = line['sam_edge']
   assert 0.2 * edge * (1 + 0.1 * edge / norm) == pytest.approx(2, rel=1e-4)
+
+
+def test_a_batch_of_fewer_examples_than_microbatches(problem, dense):
+  """The last of an epoch holds one: no microbatch of it is empty, whose mean is NaN."""
+  batches = problem.train.batches(7, seed=0)
+  config = dataclasses.replace(PLAIN, batch_size=7, grad_accum_steps=7)
+  state = _state(problem, PLAIN, 1)
+  line = measurements.tracker('edges', problem, config)(state, 3)
+  batch = list(batches.epoch(0))[3]
+  assert len(batch['weights']) == 1
+  values, norm, _, _, loss = _oracle(dense, state.params, batch, 0.1)
+  assert line['eigenvalue'] == pytest.approx(values[0], rel=1e-3)
+  assert line['loss'] == pytest.approx(loss, rel=1e-5)
+  assert line['gradient_norm'] == pytest.approx(norm, rel=1e-4)
 
 
 def test_the_update_is_that_of_the_method(problem, dense):

@@ -49,6 +49,11 @@ _TRAIN = """
 --label_smoothing=-.1
 --label_smoothing=nan
 --optimizer=sam --m_sharpness=7
+--grad_accum_steps=0
+--grad_accum_steps=-2
+--grad_accum_steps=1.5
+--grad_accum_steps=3
+--optimizer=sam --m_sharpness=8 --grad_accum_steps=16
 --track=hills
 --track_every=5
 --track_on=train

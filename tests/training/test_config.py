@@ -26,6 +26,8 @@ from training import config as config_lib
     ('label_smoothing', 1.0),
     ('warmup_epochs', 50.0),
     ('m_sharpness', -1),
+    ('grad_accum_steps', 0),
+    ('grad_accum_steps', 3),
     ('seed', -1),
     ('checkpoint_every', -1),
     ('clip_norm', -1.0),
