@@ -238,6 +238,15 @@ class Journal:
         f'--out={folder}: another process works there; wait for its end, or choose '
         'another folder.'
       ) from error
+    try:
+      self._start(facts)
+    except BaseException:
+      self._lock.close()
+      raise
+
+  def _start(self, facts: Mapping[str, Any]) -> None:
+    """Reads what is there, and cuts it back to the state."""
+    folder = self.folder
     if not (folder / CONFIG).exists():
       versions = config_lib.versions()
       config_lib.write_json(folder / CONFIG, {'study': facts, 'versions': versions})
@@ -258,7 +267,7 @@ class Journal:
     if not path.exists():
       return None
     try:
-      with np.load(path, allow_pickle=False) as arrays:
+      with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
         state = {name: arrays[name] for name in arrays.files}
       return traverse_util.unflatten_dict(state, sep='/')
     except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:

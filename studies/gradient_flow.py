@@ -153,9 +153,11 @@ def summarize(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     ``crossing_step``, the first compared step at which the sharpness of descent is at
     2 / eta or above after it was below, and ``flow_crossing_step``, None where there is
     none; of the relative distance the largest value up to the crossing (or the end)
-    and up to half of it, each with its step, the values at the crossing and at the end,
-    and the quotient of these two; the largest sharpness of both over 2 / eta; and
-    ``text``.
+    and up to half of it, each with its step, the step from which it stays below 1 %
+    until the crossing, the values at the crossing and at the end, and the quotient of
+    these two; the largest sharpness of both over 2 / eta; and ``text``. The first steps
+    have a large relative distance whatever the learning rate is, because their path is
+    hardly longer than the distance.
   """
   crossing, flow_crossing = (
     _crossing(lines, name) for name in ('sharpness', 'flow_sharpness')
@@ -169,6 +171,7 @@ def summarize(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     'flow_crossing_step': None if flow_crossing is None else flow_crossing['step'],
     'largest_before': _largest(lines, at['step']),
     'largest_before_half': _largest(lines, at['step'] / 2),
+    'below_one_percent_from': _below(lines, at['step']),
     'at_crossing': None if crossing is None else crossing['relative_distance'],
     'at_end': end['relative_distance'],
     'growth': None,
@@ -202,6 +205,16 @@ def _largest(lines, until: float) -> dict[str, Any] | None:
   return {'step': line['step'], 'relative_distance': line['relative_distance']}
 
 
+def _below(lines, until: float) -> int | None:
+  """The step from which the relative distance is below 1 % up to another."""
+  found = None
+  for line in lines:
+    if line['step'] <= until and line['relative_distance'] is not None:
+      below = line['relative_distance'] < 0.01
+      found = (line['step'] if found is None else found) if below else None
+  return found
+
+
 def _text(found: dict[str, Any]) -> str:
   crossing, before = found['crossing_step'], found['largest_before']
   largest = '' if before is None else f'{100 * before["relative_distance"]:.2f} %'
@@ -212,6 +225,8 @@ def _text(found: dict[str, Any]) -> str:
     f'descent crosses 2 / eta = {found["edge"]:g} at step {crossing}; up to there the '
     f'distance is at most {largest} of the path (step {before["step"]})'
   )
+  if found['below_one_percent_from'] is not None:
+    text += f', below 1 % from step {found["below_one_percent_from"]} on'
   if found['growth'] is None or crossing == found['steps']:
     return text
   return (
