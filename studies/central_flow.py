@@ -231,7 +231,9 @@ def summarize(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     relative differences, each |flow - descent| / descent: ``predicted_loss``, and
     ``flow_loss`` without the oscillation's share, from the averaged loss,
     ``sharpness`` and ``variance`` from those of descent; the median distance over how
-    far descent has moved, ``relative_distance``; and ``text``.
+    far descent has moved, ``relative_distance``; under ``of_means`` by how much the
+    mean over all these lines differs for each, which counts where descent oscillates in
+    bursts that are rarer than a window; and ``text``.
   """
   first = next((line['step'] for line in lines if line['at_edge']), None)
   late = [line for line in lines if first is None or line['step'] >= first]
@@ -239,22 +241,33 @@ def summarize(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
   def median(name, of):
     return float(np.median([abs(line[name] / line[of] - 1) for line in late]))
 
+  def of_means(name, of):
+    mean = lambda key: np.mean([line[key] for line in late])
+    return float(mean(name) / mean(of) - 1)
+
+  pairs = {
+    'predicted_loss': ('predicted_loss', 'descent_loss'),
+    'flow_loss': ('flow_loss', 'descent_loss'),
+    'sharpness': ('flow_sharpness', 'descent_sharpness'),
+  }
+  if first is not None:
+    pairs['variance'] = ('flow_variance', 'descent_variance')
   found = {
     'steps': lines[-1]['step'],
     'edge': lines[-1]['edge'],
     'edge_step': first,
     'compared': len(late),
-    'predicted_loss': median('predicted_loss', 'descent_loss'),
-    'flow_loss': median('flow_loss', 'descent_loss'),
-    'sharpness': median('flow_sharpness', 'descent_sharpness'),
-    'variance': median('flow_variance', 'descent_variance') if first else None,
+    'variance': None,
+    **{name: median(*pair) for name, pair in pairs.items()},
     'relative_distance': float(np.median([x['relative_distance'] for x in late])),
+    'of_means': {name: of_means(*pair) for name, pair in pairs.items()},
   }
   return {**found, 'text': _text(found)}
 
 
 def _text(found: dict[str, Any]) -> str:
   share = lambda name: f'{100 * found[name]:.2f} %'
+  means = {name: f'{100 * x:+.2f} %' for name, x in found['of_means'].items()}
   start = f'the flow is not at the edge in {found["steps"]} steps'
   if found['edge_step'] is not None:
     start = (
@@ -264,6 +277,8 @@ def _text(found: dict[str, Any]) -> str:
     f'{start}; median differences from the average of descent: predicted loss '
     f'{share("predicted_loss")} (without the oscillation {share("flow_loss")}), '
     f'sharpness {share("sharpness")}, distance {share("relative_distance")} of the way'
+    f'; of the means over all lines: predicted loss {means["predicted_loss"]} (without '
+    f'the oscillation {means["flow_loss"]}), sharpness {means["sharpness"]}'
   )
 
 

@@ -154,10 +154,11 @@ def summarize(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     2 / eta or above after it was below, and ``flow_crossing_step``, None where there is
     none; of the relative distance the largest value up to the crossing (or the end)
     and up to half of it, each with its step, the step from which it stays below 1 %
-    until the crossing, the values at the crossing and at the end, and the quotient of
-    these two; the largest sharpness of both over 2 / eta; and ``text``. The first steps
-    have a large relative distance whatever the learning rate is, because their path is
-    hardly longer than the distance.
+    until the crossing, the values at the crossing and at the end, and the largest after
+    the crossing; how many times that at the crossing this is, ``growth``, and the same
+    of the distance itself; the largest sharpness of both over 2 / eta; and ``text``.
+    The first steps have a large relative distance whatever the learning rate is,
+    because their path is hardly longer than the distance.
   """
   crossing, flow_crossing = (
     _crossing(lines, name) for name in ('sharpness', 'flow_sharpness')
@@ -174,6 +175,7 @@ def summarize(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     'below_one_percent_from': _below(lines, at['step']),
     'at_crossing': None if crossing is None else crossing['relative_distance'],
     'at_end': end['relative_distance'],
+    'largest_after': None,
     'growth': None,
     'distance_growth': None,
     'largest_sharpness_over_edge': max(x['sharpness'] / x['edge'] for x in lines),
@@ -181,9 +183,12 @@ def summarize(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
       x['flow_sharpness'] / x['edge'] for x in lines
     ),
   }
-  if crossing is not None and crossing['distance']:
-    found['growth'] = end['relative_distance'] / crossing['relative_distance']
-    found['distance_growth'] = end['distance'] / crossing['distance']
+  after = [] if crossing is None else [x for x in lines if x['step'] > at['step']]
+  if after and at['distance']:
+    found['largest_after'] = _largest(after, end['step'])
+    largest = found['largest_after']['relative_distance']
+    found['growth'] = largest / at['relative_distance']
+    found['distance_growth'] = max(x['distance'] for x in after) / at['distance']
   return {**found, 'text': _text(found)}
 
 
@@ -227,12 +232,14 @@ def _text(found: dict[str, Any]) -> str:
   )
   if found['below_one_percent_from'] is not None:
     text += f', below 1 % from step {found["below_one_percent_from"]} on'
-  if found['growth'] is None or crossing == found['steps']:
+  after = found['largest_after']
+  if after is None:
     return text
+  share = f'{100 * after["relative_distance"]:.2f} %'
   return (
-    f'{text}, and from {100 * found["at_crossing"]:.2f} % it grows '
-    f'{found["growth"]:.1f}-fold to {100 * found["at_end"]:.2f} % at step '
-    f'{found["steps"]} (the distance itself {found["distance_growth"]:.1f}-fold)'
+    f'{text}, {100 * found["at_crossing"]:.2f} % at the crossing, then up to '
+    f'{found["growth"]:.1f} times that, {share} at step {after["step"]} (the distance '
+    f'itself up to {found["distance_growth"]:.1f} times)'
   )
 
 

@@ -116,7 +116,12 @@ def test_medians_are_of_the_lines_at_the_edge():
   np.testing.assert_allclose(found['sharpness'], 0.05)
   np.testing.assert_allclose(found['variance'], 0.5)
   np.testing.assert_allclose(found['relative_distance'], 0.03)
+  # Of the means (1.1 + 0.8 + 1.3) / 3 is a fifteenth above 1.
+  np.testing.assert_allclose(found['of_means']['predicted_loss'], 1 / 15)
+  np.testing.assert_allclose(found['of_means']['flow_loss'], -0.5)
+  np.testing.assert_allclose(found['of_means']['variance'], 0.4 / 0.6 - 1)
   assert 'predicted loss 20.00 %' in found['text']
+  assert 'predicted loss +6.67 %' in found['text']
   below = central_flow.summarize(LINES[:1])
   assert below['edge_step'] is None and below['variance'] is None
   assert 'not at the edge in 1 steps' in below['text']

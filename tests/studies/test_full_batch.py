@@ -55,7 +55,11 @@ def test_in_float64_the_start_is_the_same():
   ('study', 'more'),
   [
     (gradient_flow, ()),
-    (central_flow, ('--window=2', '--substeps=2', '--dtype=float64', '--tol=1e-3')),
+    pytest.param(
+      central_flow,
+      ('--window=2', '--substeps=2', '--dtype=float64', '--tol=1e-3'),
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_a_command_goes_on_with_more_steps(study, more, tmp_path, capsys):

@@ -95,6 +95,7 @@ LINES = [
   line(30, 0.02, 2.5, 1.9, 2.1),
   line(40, 0.024, 3.0, 2.1, 2.4),
   line(50, 0.4, 4.0, 1.9, 2.8),
+  line(60, 0.35, 7.0, 2.0, 3.0),
 ]
 
 
@@ -104,10 +105,12 @@ def test_the_summary_finds_the_crossing_and_what_comes_before_and_after():
   assert found['largest_before'] == {'step': 10, 'relative_distance': 0.02}
   assert found['largest_before_half']['step'] == 10
   assert found['below_one_percent_from'] == 20
+  assert found['largest_after'] == {'step': 50, 'relative_distance': 0.1}
   np.testing.assert_allclose(found['growth'], 0.1 / 0.008)
   np.testing.assert_allclose(found['distance_growth'], 0.4 / 0.024)
-  np.testing.assert_allclose(found['largest_flow_sharpness_over_edge'], 1.4)
-  assert 'at step 40' in found['text'] and '10.00 % at step 50' in found['text']
+  np.testing.assert_allclose(found['at_end'], 0.05)
+  np.testing.assert_allclose(found['largest_flow_sharpness_over_edge'], 1.5)
+  assert 'at step 40' in found['text'] and '10.00 % at step 50 ' in found['text']
 
 
 def test_without_a_crossing_nothing_is_said_of_one():
@@ -124,14 +127,8 @@ def test_without_a_crossing_nothing_is_said_of_one():
 def test_the_figure_shows_both_panels_and_the_crossing():
   upper, lower = gradient_flow.draw(LINES, 'title').axes
   by_label = {x.get_label(): x for axes in (upper, lower) for x in axes.get_lines()}
-  assert by_label['gradient descent'].get_ydata().tolist() == [
-    1,
-    1.2,
-    1.6,
-    1.9,
-    2.1,
-    1.9,
-  ]
+  descent = by_label['gradient descent'].get_ydata().tolist()
+  assert descent == [line['sharpness'] for line in LINES]
   assert by_label['2 / eta'].get_ydata()[0] == 2
   assert by_label['distance'].get_ydata()[1] == 0.02
   assert lower.get_yscale() == 'log'
