@@ -28,7 +28,7 @@ quickstart: $(VENV)/app.stamp  ## train digits with SGD and SAM, measure both, c
 	$(PY) eval_hessian.py --workdir='$(RUNS)/quickstart/sgd/seed_*,$(RUNS)/quickstart/sam/*/seed_*' --out=$(RUNS)/quickstart/compare
 
 test: lint  ## lint, doctests and tests; about 12 minutes on 2 cores
-	$(PY) -m pytest -n 2 -m 'not slow' --doctest-modules --doctest-glob='*.md' sam_jax input_pipelines models training measurements reports tasks docs tests
+	$(PY) -m pytest -n 2 -m 'not slow' --doctest-modules --doctest-glob='*.md' sam_jax input_pipelines models training measurements reports tasks studies docs tests
 
 $(VENV)/newest/dev.stamp: requirements.txt requirements-dev.txt
 	$(NEWEST) -m venv --clear $(VENV)/newest
@@ -40,7 +40,7 @@ test-newest: $(VENV)/bin/python  ## contract suite and doctests on the machine's
 	  echo "test-newest: skipped, no Python newer than that of $(VENV) is on this machine"; \
 	else \
 	  $(MAKE) --no-print-directory $(VENV)/newest/dev.stamp NEWEST="$$newest" && \
-	  $(VENV)/newest/bin/python -m pytest -n 2 -m 'not slow' --doctest-modules --doctest-glob='*.md' sam_jax input_pipelines models training measurements reports tasks docs tests/sam_jax/test_contract.py; \
+	  $(VENV)/newest/bin/python -m pytest -n 2 -m 'not slow' --doctest-modules --doctest-glob='*.md' sam_jax input_pipelines models training measurements reports tasks studies docs tests/sam_jax/test_contract.py; \
 	fi
 
 test-slow: $(VENV)/dev.stamp  ## the tests marked slow

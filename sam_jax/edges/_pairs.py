@@ -26,21 +26,25 @@ class Follower:
     which: 'largest' or 'magnitude', as in `top_eigenpairs`.
     tol: wanted residual, relative to the largest eigenvalue.
     key: typed PRNG key; None is ``jax.random.key(0)``.
+    block: where the first search starts; None for random vectors.
+
+  Attributes:
+    block: where the next search starts.
   """
 
-  def __init__(self, loss_fn, batch, which, tol, key):
+  def __init__(self, loss_fn, batch, which, tol, key, block=None):
     self._search = functools.partial(_search, loss_fn, which, tol)
     self._batch = batch
     self._key = jax.random.key(0) if key is None else key
-    self._block = None
+    self.block = block
 
   def __call__(self, params: Any, count: int, number: int) -> curvature.TopEigenpairs:
     """The first ``count`` pairs; ``number`` tells the calls' random vectors apart."""
     key = jax.random.fold_in(self._key, number)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    block = _filled(self._block, params, min(count + _GUARDS, size), key)
+    block = _filled(self.block, params, min(count + _GUARDS, size), key)
     found = self._search(count, params, self._batch, block, key)
-    self._block = found.block
+    self.block = found.block
     return found
 
 

@@ -30,6 +30,8 @@ class CentralState(NamedTuple):
       first is the sharpness.
     covariance: float64 (c, c), Sigma in the basis of the first c eigenvectors, those
       near the edge; its eigenvalues are the variances of the oscillation.
+    search: the vectors from which the next search for eigenpairs starts, a stack of
+      pytrees like ``params``.
   """
 
   step: int
@@ -38,6 +40,7 @@ class CentralState(NamedTuple):
   predicted_loss: float
   eigenvalues: np.ndarray
   covariance: np.ndarray
+  search: Any = None
 
 
 def solve_complementarity(
@@ -141,10 +144,13 @@ def central_flow(
     loss_fn: ``loss_fn(params, batch) -> scalar``, the loss over all examples, three
       times differentiable. Give the same function object to several calls and it is
       compiled once.
-    params: w at the start; a pytree of floating-point arrays, best of float64.
+    params: w at the start, a pytree of floating-point arrays, best of float64; or a
+      state of an earlier call with the same arguments, from which the flow goes on as
+      if it had never been interrupted.
     batch: all examples; a pytree of arrays.
     learning_rate: eta of gradient descent, constant.
-    steps: numbers of steps at which to yield a state, not descending.
+    steps: numbers of steps at which to yield a state, not descending, counted from the
+      start of the flow.
     substeps: Euler steps for one step of gradient descent; the error falls with it. At
       least 2, because an Euler step of length 1 is gradient descent.
     num_eigenvalues: number of top eigenvalues that are followed. While all of them are
@@ -158,7 +164,8 @@ def central_flow(
     The state at each of the steps.
 
   Raises:
-    ValueError: an argument is out of range, or ``steps`` descend.
+    ValueError: an argument is out of range, ``steps`` descend, or the first is before
+      the state that was given.
     FloatingPointError: the loss or a derivative is not finite.
     ArithmeticError: no covariance holds the eigenvalues at the edge.
 
@@ -181,18 +188,24 @@ def central_flow(
   steps = [int(step) for step in steps]
   if steps != sorted(steps) or any(step < 0 for step in steps):
     raise ValueError(f'steps={steps}: give numbers of steps that do not descend')
+  start, search = 0, None
+  if isinstance(params, CentralState):
+    start, search, num_eigenvalues = params.step, params.search, len(params.eigenvalues)
+    params = params.params
+  if steps and steps[0] < start:
+    raise ValueError(f'steps={steps}: the state is at step {start} already')
   params = jax.tree.map(jnp.asarray, products.at_least_float32(params))
   flow = _CentralFlow(
-    loss_fn, params, batch, learning_rate, substeps, critical, tol, key
+    loss_fn, params, batch, learning_rate, substeps, critical, tol, key, search
   )
-  return flow.run(params, num_eigenvalues, steps)
+  return flow.run(params, num_eigenvalues, steps, start * substeps)
 
 
 class _CentralFlow:
   """The loop over the Euler steps; what it keeps are the last eigenvectors."""
 
   def __init__(
-    self, loss_fn, params, batch, learning_rate, substeps, critical, tol, key
+    self, loss_fn, params, batch, learning_rate, substeps, critical, tol, key, search
   ):
     self.loss_fn = loss_fn
     self.batch = jax.device_put(batch)
@@ -201,12 +214,12 @@ class _CentralFlow:
     self.threshold = critical * 2 / learning_rate
     dtype = jnp.result_type(*jax.tree.leaves(params))
     tol = max(tol, 100 * float(jnp.finfo(dtype).eps))  # Less may never be reached.
-    self.follow = _pairs.Follower(loss_fn, self.batch, 'largest', tol, key)
+    self.follow = _pairs.Follower(loss_fn, self.batch, 'largest', tol, key, search)
     self.pairs = None
 
-  def run(self, params, num_eigenvalues, steps) -> Iterator[CentralState]:
+  def run(self, params, num_eigenvalues, steps, done) -> Iterator[CentralState]:
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    followed, done = min(num_eigenvalues, size), 0
+    followed = min(num_eigenvalues, size)
     for step in steps:
       while done <= step * self.substeps:
         followed = self._measure(params, done, followed, size)
@@ -257,8 +270,10 @@ class _CentralFlow:
   def _state(self, step, params, here) -> CentralState:
     values = np.asarray(self.pairs.eigenvalues, np.float64)
     inside = float(np.sum(np.diag(here.covariance) * values[: len(here.covariance)]))
+    predicted = here.loss + inside / 2
+    block = self.follow.block
     return CentralState(
-      step, params, here.loss, here.loss + inside / 2, values, here.covariance
+      step, params, here.loss, predicted, values, here.covariance, block
     )
 
 

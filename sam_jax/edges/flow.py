@@ -29,12 +29,15 @@ class FlowState(NamedTuple):
     top_eigenvalue: the Hessian's eigenvalue of the largest absolute value when it was
       last measured, at most 10 steps before t, to 1 %; NaN before the first step.
     num_steps: Runge-Kutta steps since the start, of four gradients each.
+    search: the vectors from which the next measurement starts, a stack of pytrees like
+      ``params``; None before the first.
   """
 
   time: float
   params: Any
   top_eigenvalue: float
   num_steps: int
+  search: Any = None
 
 
 class Departure(NamedTuple):
@@ -79,11 +82,11 @@ def gradient_flow(
   Args:
     loss_fn: ``loss_fn(params, batch) -> scalar``, the loss over all examples. Give the
       same function object to several calls and it is compiled once.
-    params: w at the start; a pytree of floating-point arrays.
+    params: w at the start, a pytree of floating-point arrays; or a state of an earlier
+      call, from which the flow goes on as if it had never been interrupted.
     batch: all examples; a pytree of arrays.
     times: the times at which to yield a state, not descending, from ``start`` on.
-    start: the time at ``params``. To go on after an interruption, give the time and the
-      parameters of a state.
+    start: the time at ``params``; a state has its own.
     step_times_curvature: c. Halving it makes the error of a step 32 times smaller.
     max_step: the largest step, in units of time.
     key: typed PRNG key of the measurements; None is ``jax.random.key(0)``.
@@ -113,21 +116,22 @@ def gradient_flow(
     )
   if not max_step > 0:
     raise ValueError(f'max_step={max_step}: give a number above 0')
-  params = jax.tree.map(jnp.asarray, products.at_least_float32(params))
-  flow = _Flow(loss_fn, batch, step_times_curvature, max_step, key)
-  return flow.run(FlowState(float(start), params, math.nan, 0), times)
+  if not isinstance(params, FlowState):
+    params = jax.tree.map(jnp.asarray, products.at_least_float32(params))
+    params = FlowState(float(start), params, math.nan, 0)
+  flow = _Flow(loss_fn, batch, step_times_curvature, max_step, key, params.search)
+  return flow.run(params, times)
 
 
 class _Flow:
   """The loop over the steps; what it keeps are the last eigenvectors."""
 
-  def __init__(self, loss_fn, batch, step_times_curvature, max_step, key):
+  def __init__(self, loss_fn, batch, step_times_curvature, max_step, key, search):
     self.loss_fn = loss_fn
     self.batch = jax.device_put(batch)
     self.factor = step_times_curvature
     self.max_step = max_step
-    self.follow = _pairs.Follower(loss_fn, self.batch, 'magnitude', _TOL, key)
-    self.measured_at = -_REFRESH
+    self.follow = _pairs.Follower(loss_fn, self.batch, 'magnitude', _TOL, key, search)
 
   def run(self, state: FlowState, times: Iterable[float]) -> Iterator[FlowState]:
     for time in times:
@@ -143,8 +147,10 @@ class _Flow:
 
   def _step(self, state: FlowState, end: float) -> FlowState:
     """One step towards a time; those left until then are equally long."""
-    if state.num_steps - self.measured_at >= _REFRESH:
-      state = state._replace(top_eigenvalue=self._measure(state))
+    # By the number alone, so that a flow which goes on measures at the same steps.
+    if state.num_steps % _REFRESH == 0:
+      value = self._measure(state)
+      state = state._replace(top_eigenvalue=value, search=self.follow.block)
     most = min(self.factor / max(abs(state.top_eigenvalue), 1e-30), self.max_step)
     left = math.ceil((end - state.time) / most * (1 - 1e-9))
     size = (end - state.time) / left
@@ -157,7 +163,6 @@ class _Flow:
 
   def _measure(self, state: FlowState) -> float:
     found = self.follow(state.params, 1, state.num_steps)
-    self.measured_at = state.num_steps
     value = float(found.eigenvalues[0])
     if not math.isfinite(value):
       raise FloatingPointError(
@@ -186,10 +191,13 @@ def departure_from_flow(
 
   Args:
     loss_fn: ``loss_fn(params, batch) -> scalar``, the loss over all examples.
-    params: the common start; a pytree of floating-point arrays.
+    params: the common start, a pytree of floating-point arrays; or a departure of an
+      earlier call with the same learning rate, from which both go on as if they had
+      never been interrupted.
     batch: all examples; a pytree of arrays.
     learning_rate: eta, constant.
     steps: numbers of steps of gradient descent at which to compare, not descending.
+      They are counted from the common start.
     step_times_curvature: accuracy of the flow, as `gradient_flow` explains it.
     key: typed PRNG key of the flow's measurements; None is ``jax.random.key(0)``.
 
@@ -197,7 +205,8 @@ def departure_from_flow(
     Both at each of the steps, with their distance.
 
   Raises:
-    ValueError: the learning rate is not above 0, or ``steps`` descend.
+    ValueError: the learning rate is not above 0, ``steps`` descend, or the first is
+      before the departure that was given.
     FloatingPointError: the parameters or the curvature of the flow are not finite.
 
   >>> import jax.numpy as jnp
@@ -216,20 +225,26 @@ def departure_from_flow(
   steps = [int(step) for step in steps]
   if steps != sorted(steps) or any(step < 0 for step in steps):
     raise ValueError(f'steps={steps}: give numbers of steps that do not descend')
+  if isinstance(params, Departure):
+    before = params
+  else:
+    params = jax.tree.map(jnp.asarray, products.at_least_float32(params))
+    before = Departure(0, 0.0, 0.0, params, FlowState(0.0, params, math.nan, 0))
+  if steps and steps[0] < before.step:
+    raise ValueError(f'steps={steps}: the departure is at step {before.step} already')
   flow = gradient_flow(
     loss_fn,
-    params,
+    before.flow,
     batch,
     [learning_rate * step for step in steps],
     step_times_curvature=step_times_curvature,
     key=key,
   )
-  return _departures(loss_fn, params, jax.device_put(batch), learning_rate, steps, flow)
+  return _departures(loss_fn, before, jax.device_put(batch), learning_rate, steps, flow)
 
 
-def _departures(loss_fn, params, batch, learning_rate, steps, flow):
-  descent = jax.tree.map(jnp.asarray, products.at_least_float32(params))
-  path, done = 0.0, 0
+def _departures(loss_fn, before, batch, learning_rate, steps, flow):
+  descent, path, done = before.descent, before.path_length, before.step
   for step, state in zip(steps, flow, strict=True):
     lengths = []
     for _ in range(step - done):

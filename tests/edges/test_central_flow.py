@@ -155,6 +155,22 @@ def test_loss_and_sharpness_follow_the_time_average_of_gradient_descent(network)
       assert np.linalg.norm(state.params - average) < 0.1 * moved
 
 
+def test_a_state_goes_on_bit_for_bit():
+  settings = jnp.zeros(()), 1.0
+  options = {'num_eigenvalues': 1}
+  follow = lambda start, steps: edges.central_flow(
+    two_products, start, *settings, steps, **options
+  )
+  start = jnp.stack([START, START + jnp.array([0.1, 0.0, 0.02])])
+  first, whole = follow(start, [5, 8])
+  assert len(first.eigenvalues) > 1  # The number that it has grown to is kept.
+  assert len(first.covariance)
+  (rest,) = follow(first, [8])
+  jax.tree.map(np.testing.assert_array_equal, rest, whole)
+  with pytest.raises(ValueError, match='at step 5 already'):
+    follow(first, [4])
+
+
 @pytest.mark.parametrize(
   ('settings', 'sentence'),
   [

@@ -94,6 +94,35 @@ def test_a_flow_goes_on_from_a_state(x64):
   np.testing.assert_allclose(flat(rest.params), flat(whole.params), atol=1e-4)
 
 
+def assert_same(found, wanted):
+  jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_a_state_goes_on_bit_for_bit():
+  start, batch = jnp.array([3.0, 5.0]), jnp.array([1.0, 25.0])
+  times = [0.003, 0.0401, 0.2]
+  *_, whole = edges.gradient_flow(quartic, start, batch, times)
+  for state in edges.gradient_flow(quartic, start, batch, times[:2]):
+    assert state.num_steps % 10  # The next measurement is not the next thing.
+    *_, rest = edges.gradient_flow(
+      quartic, state, batch, times[times.index(state.time) + 1 :]
+    )
+    assert_same(rest, whole)
+
+
+def test_a_departure_goes_on_bit_for_bit():
+  arguments = jnp.array([3.0, 5.0]), jnp.array([1.0, 25.0])
+  follow = lambda start, steps: edges.departure_from_flow(
+    quartic, start, arguments[1], 1e-3, steps
+  )
+  *_, whole = follow(arguments[0], [3, 20, 60])
+  first, second = follow(arguments[0], [3, 20])
+  assert_same(list(follow(first, [20, 60]))[-1], whole)
+  assert_same(list(follow(second, [60]))[-1], whole)
+  with pytest.raises(ValueError, match='at step 20 already'):
+    follow(second, [19])
+
+
 def test_descent_keeps_to_the_flow_below_the_edge_and_leaves_above(x64):
   *_, batch, start = quadratic_problem()
   steps = [0, 1, 50]

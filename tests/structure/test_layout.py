@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 OURS = {
     'sam_jax', 'models', 'input_pipelines', 'training', 'measurements', 'reports',
-    'tasks', 'train', 'eval_hessian'
+    'tasks', 'studies', 'train', 'eval_hessian'
 }  # fmt: skip
 MAY_IMPORT = {
   'sam_jax': set(),
@@ -22,8 +22,9 @@ MAY_IMPORT = {
   'measurements': {'sam_jax', 'training'},
   'reports': {'sam_jax', 'measurements', 'training'},
   'tasks': {'sam_jax', 'models', 'input_pipelines', 'training'},
-  'train': OURS - {'eval_hessian'},
-  'eval_hessian': OURS - {'train'},
+  'studies': OURS - {'train', 'eval_hessian'},
+  'train': OURS - {'eval_hessian', 'studies'},
+  'eval_hessian': OURS - {'train', 'studies'},
 }
 
 
@@ -156,7 +157,7 @@ def test_every_spelling_of_reading_flags_is_seen(text):
   assert _readers_of_flags(text)
 
 
-def test_flags_are_read_in_the_two_scripts_only():
+def test_flags_are_read_in_the_scripts_only():
   readers = {
     str(path.relative_to(ROOT)): lines
     for part in OURS - {'train', 'eval_hessian'}
@@ -167,6 +168,14 @@ def test_flags_are_read_in_the_two_scripts_only():
   text = (ROOT / 'training' / 'cli.py').read_text().splitlines()
   (line,) = readers.pop('training/cli.py')
   assert text[line - 1].strip() == 'flags.FLAGS.mark_as_parsed()'
+  # A study is a script, too: its last line hands on the command line.
+  for name in [name for name in readers if name.startswith('studies/')]:
+    text = (ROOT / name).read_text().splitlines()
+    assert readers.pop(name) == [len(text)]
+    assert text[-2:] == [
+      "if __name__ == '__main__':",
+      '  sys.exit(cli.run(main, sys.argv, errors=(DataError,)))',
+    ]
   assert not readers
 
 

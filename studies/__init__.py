@@ -1,0 +1,1 @@
+"""Claims of the field, one module each, run as `python -m studies.NAME`."""
