@@ -28,7 +28,7 @@ NAME = 'noise'
 FILE_NAME = 'noise.png'
 # Outputs of all examples up to which the kernel is diagonalised.
 EXACT_UP_TO = 2000
-# Examples that products take at once.
+# Examples that products of the estimate take at once.
 _TOGETHER = 1000
 # Of the estimate: pairs that are exact, and probes for the rest with their steps.
 _ESTIMATE = {'num_pairs': 10, 'num_probes': 4, 'num_matvecs': 20}
@@ -53,14 +53,15 @@ class Noise(Hook):
     train = problem.train
     steps_per_epoch = train.batches(config.batch_size).steps_per_epoch
     self._rate = optimizers.learning_rate(config, steps_per_epoch)
-    count = -(-train.num_examples // _TOGETHER)
-    self._examples = train.batches(-(-train.num_examples // count))
     self._squared = self._squared_error()
     outputs = round(self._squared.num_outputs * train.num_examples)
     variables, inputs = problem.variables(), problem.example_inputs
     self._exact = outputs <= EXACT_UP_TO and tangent_kernel.applies(
       problem.model, variables, inputs
     )
+    # The kernel is of all examples at once.
+    count = 1 if self._exact else -(-train.num_examples // _TOGETHER)
+    self._examples = train.batches(-(-train.num_examples // count))
     self._kernel = jax.jit(self._kernel_of)
     self._placed: list[Batch] = []
 

@@ -242,6 +242,15 @@ def test_other_networks_are_measured_by_products(problem):
   assert line['noise_kernel_norm'] == pytest.approx(wanted, rel=1e-4)
 
 
+def test_a_kernel_of_more_examples_than_products_take_at_once(problem, monkeypatch):
+  """What is diagonalised is of all examples, however many products would take."""
+  state = _state(problem, PLAIN)
+  line = measurements.tracker('noise', problem, PLAIN)(state, 0)
+  monkeypatch.setattr(noise, '_TOGETHER', 10)
+  assert measurements.tracker('noise', problem, PLAIN)(state, 0) == line
+  assert line['exact']
+
+
 def test_a_norm_that_is_infinite_is_null(problem):
   config = dataclasses.replace(PLAIN, learning_rate=1e3)
   line = measurements.tracker('noise', problem, config)(_state(problem, config), 0)
