@@ -19,7 +19,7 @@ from training import config as config_lib
 from training import optimizers
 from training import problem as problem_lib
 from training.config import Config
-from training.errors import UsageError
+from training.errors import TrainingDiverged, UsageError
 from training.hooks import Hook
 from training.problem import Batch, Problem
 from training.step import TrainState
@@ -70,7 +70,11 @@ class Noise(Hook):
     return step % (self._every or steps_per_epoch) == 0
 
   def __call__(self, state: TrainState, step: int) -> dict[str, Any]:
-    """Measures the network as the next step finds it."""
+    """Measures the network as the next step finds it.
+
+    Raises:
+      TrainingDiverged: its tangent kernel is not finite.
+    """
     config, rate = self._config, float(self._rate(step))
     settings = {
       'learning_rate': rate,
@@ -78,7 +82,13 @@ class Noise(Hook):
       'momentum': _momentum(config),
     }
     find = self._diagonalised if self._exact else self._estimated
-    found = find(state, step, settings)
+    try:
+      found = find(state, step, settings)
+    except curvature.NonFiniteError as error:
+      raise TrainingDiverged(
+        f'--track={NAME}: the tangent kernel is not finite after step {step}: try a '
+        'lower --learning_rate.'
+      ) from error
     return plain(
       {
         'noise_kernel_norm': found.value,
@@ -118,6 +128,8 @@ class Noise(Hook):
     params = curvature_params(state.params)
     kernel = self._kernel(params, state.batch_stats, batch['inputs'])
     kernel = np.asarray(kernel, np.float64)
+    if not np.isfinite(kernel).all():
+      raise curvature.NonFiniteError('the tangent kernel is not finite')
     train, scale = self._problem.train, self._squared.second_derivative
     values = np.linalg.eigvalsh(kernel) * scale / train.num_examples
     value = library.noise_kernel_norm_of_spectrum(
