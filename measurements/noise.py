@@ -19,7 +19,7 @@ from training import config as config_lib
 from training import optimizers
 from training import problem as problem_lib
 from training.config import Config
-from training.errors import UsageError
+from training.errors import TrainingDiverged, UsageError
 from training.hooks import Hook
 from training.problem import Batch, Problem
 from training.step import TrainState
@@ -28,7 +28,7 @@ NAME = 'noise'
 FILE_NAME = 'noise.png'
 # Outputs of all examples up to which the kernel is diagonalised.
 EXACT_UP_TO = 2000
-# Examples that products take at once.
+# Examples that products of the estimate take at once.
 _TOGETHER = 1000
 # Of the estimate: pairs that are exact, and probes for the rest with their steps.
 _ESTIMATE = {'num_pairs': 10, 'num_probes': 4, 'num_matvecs': 20}
@@ -53,14 +53,15 @@ class Noise(Hook):
     train = problem.train
     steps_per_epoch = train.batches(config.batch_size).steps_per_epoch
     self._rate = optimizers.learning_rate(config, steps_per_epoch)
-    count = -(-train.num_examples // _TOGETHER)
-    self._examples = train.batches(-(-train.num_examples // count))
     self._squared = self._squared_error()
     outputs = round(self._squared.num_outputs * train.num_examples)
     variables, inputs = problem.variables(), problem.example_inputs
     self._exact = outputs <= EXACT_UP_TO and tangent_kernel.applies(
       problem.model, variables, inputs
     )
+    # The kernel is of all examples at once.
+    count = 1 if self._exact else -(-train.num_examples // _TOGETHER)
+    self._examples = train.batches(-(-train.num_examples // count))
     self._kernel = jax.jit(self._kernel_of)
     self._placed: list[Batch] = []
 
@@ -69,7 +70,11 @@ class Noise(Hook):
     return step % (self._every or steps_per_epoch) == 0
 
   def __call__(self, state: TrainState, step: int) -> dict[str, Any]:
-    """Measures the network as the next step finds it."""
+    """Measures the network as the next step finds it.
+
+    Raises:
+      TrainingDiverged: its tangent kernel is not finite.
+    """
     config, rate = self._config, float(self._rate(step))
     settings = {
       'learning_rate': rate,
@@ -77,7 +82,13 @@ class Noise(Hook):
       'momentum': _momentum(config),
     }
     find = self._diagonalised if self._exact else self._estimated
-    found = find(state, step, settings)
+    try:
+      found = find(state, step, settings)
+    except curvature.NonFiniteError as error:
+      raise TrainingDiverged(
+        f'--track={NAME}: the tangent kernel is not finite after step {step}: try a '
+        'lower --learning_rate.'
+      ) from error
     return plain(
       {
         'noise_kernel_norm': found.value,
@@ -117,6 +128,8 @@ class Noise(Hook):
     params = curvature_params(state.params)
     kernel = self._kernel(params, state.batch_stats, batch['inputs'])
     kernel = np.asarray(kernel, np.float64)
+    if not np.isfinite(kernel).all():
+      raise curvature.NonFiniteError('the tangent kernel is not finite')
     train, scale = self._problem.train, self._squared.second_derivative
     values = np.linalg.eigvalsh(kernel) * scale / train.num_examples
     value = library.noise_kernel_norm_of_spectrum(

@@ -83,6 +83,7 @@ def noise_kernel_norm(
 
   Raises:
     ValueError: the loss is not a squared error, or an argument is out of range.
+    NonFiniteError: of `sam_jax.curvature`; the Gauss-Newton matrix is not finite.
     TypeError: a leaf of ``params`` is not floating point.
 
   >>> import jax.numpy as jnp
@@ -158,7 +159,7 @@ def noise_kernel_norm_of_spectrum(
     K; infinite from a largest eigenvalue of ``2 (1 + beta) / eta`` on.
 
   Raises:
-    ValueError: an argument is out of range.
+    ValueError: an argument is out of range, or an eigenvalue is NaN.
 
   >>> round(noise_kernel_norm_of_spectrum(
   ...     [0.5, 2.], learning_rate=0.5, batch_size=1, num_examples=4), 4)
@@ -169,7 +170,10 @@ def noise_kernel_norm_of_spectrum(
     and a stochastic edge of stability, arXiv 2404.19261.
   """
   _check(learning_rate, batch_size, momentum, num_examples)
-  total = _summand(learning_rate, momentum, np.asarray(eigenvalues, np.float64)).sum()
+  eigenvalues = np.asarray(eigenvalues, np.float64)
+  if np.isnan(eigenvalues).any():
+    raise ValueError('eigenvalues: NaN is among them; give numbers')
+  total = _summand(learning_rate, momentum, eigenvalues).sum()
   if math.isinf(total):  # Of a whole batch too, whose factor is 0.
     return math.inf
   return float((1 / batch_size - 1 / num_examples) * total / num_outputs)
@@ -211,6 +215,8 @@ def _dense(operator: curvature.Operator) -> np.ndarray:
     image = jax.tree.leaves(operator.matvec(treedef.unflatten(vector)))
     rows.append(np.concatenate([np.ravel(leaf) for leaf in image]).astype(np.float64))
   matrix = np.stack(rows)
+  if not np.isfinite(matrix).all():
+    raise curvature.NonFiniteError('the Gauss-Newton matrix is not finite')
   return (matrix + matrix.T) / 2
 
 

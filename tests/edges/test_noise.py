@@ -289,3 +289,11 @@ def test_arguments_out_of_range_are_refused(settings, sentence):
   settings = {'learning_rate': 0.1, 'batch_size': 2, **settings}
   with pytest.raises(ValueError, match=sentence):
     edges.noise_kernel_norm(network, sum_of_squares, w, [batch], **settings)
+
+
+def test_a_nan_among_eigenvalues_is_refused():
+  """It is no eigenvalue beyond the edge, of which K would be infinite."""
+  with pytest.raises(ValueError, match='NaN is among them'):
+    edges.noise_kernel_norm_of_spectrum(
+      [1.0, np.nan], learning_rate=0.1, batch_size=1, num_examples=4
+    )

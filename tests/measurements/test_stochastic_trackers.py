@@ -16,7 +16,16 @@ import training
 from input_pipelines import ArraySplit
 from measurements import batch_sharpness, noise
 from sam_jax import edges as library
-from training import UsageError, checkpoints, loop, metrics, scores, sharing, step
+from training import (
+  TrainingDiverged,
+  UsageError,
+  checkpoints,
+  loop,
+  metrics,
+  scores,
+  sharing,
+  step,
+)
 from training import problem as problem_lib
 
 PLAIN = training.Config(
@@ -242,6 +251,15 @@ def test_other_networks_are_measured_by_products(problem):
   assert line['noise_kernel_norm'] == pytest.approx(wanted, rel=1e-4)
 
 
+def test_a_kernel_of_more_examples_than_products_take_at_once(problem, monkeypatch):
+  """What is diagonalised is of all examples, however many products would take."""
+  state = _state(problem, PLAIN)
+  line = measurements.tracker('noise', problem, PLAIN)(state, 0)
+  monkeypatch.setattr(noise, '_TOGETHER', 10)
+  assert measurements.tracker('noise', problem, PLAIN)(state, 0) == line
+  assert line['exact']
+
+
 def test_a_norm_that_is_infinite_is_null(problem):
   config = dataclasses.replace(PLAIN, learning_rate=1e3)
   line = measurements.tracker('noise', problem, config)(_state(problem, config), 0)
@@ -249,6 +267,18 @@ def test_a_norm_that_is_infinite_is_null(problem):
   json.dumps(line, allow_nan=False)
   found = noise.summarize([{**line, 'step': 0}], 0)
   assert found['share_infinite'] == 1 and found['text'] == ''
+
+
+@pytest.mark.parametrize('how', ['kernel', 'matrix', 'products'])
+def test_a_norm_that_is_not_finite_tells_of_divergence(how, monkeypatch):
+  problem = _problem(Network() if how == 'kernel' else Scaled())
+  if how == 'products':
+    monkeypatch.setitem(noise._ESTIMATE, 'exact_up_to', 0)
+  state = _state(problem, PLAIN)
+  state = state._replace(params=jax.tree.map(lambda x: np.inf * x, state.params))
+  tracker = measurements.tracker('noise', problem, PLAIN)
+  with pytest.raises(TrainingDiverged, match='kernel is not finite after step 3:'):
+    tracker(state, 3)
 
 
 class _Killed(Exception):
