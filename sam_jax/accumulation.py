@@ -104,9 +104,10 @@ def accumulate(
     which the function is given one entry at a time. ``weights`` (k,) are the n_j, the
     number of examples with weight in each; equal unless given. It may itself be mapped,
     differentiated and compiled. It raises TypeError where ``value_and_grad`` returns
-    something else than told above, and ValueError where the leading axes of
-    ``microbatches`` or ``weights`` differ, or a weight that is not a JAX array is
-    negative.
+    something else than told above or ``weights`` are no real numbers, and ValueError
+    where the leading axes of ``microbatches`` or ``weights`` differ, or a weight that
+    is not a JAX array is negative. Of a JAX array, which may be traced, a negative
+    weight makes everything NaN.
 
   Raises:
     TypeError: ``value_and_grad`` is no function.
@@ -149,8 +150,7 @@ def accumulate(
 
   def accumulated(params, microbatches, weights=None):
     num = _leading(microbatches, 'microbatches', 'the microbatches')
-    weights = _weights(weights, num)
-    share = weights / jnp.sum(weights)
+    share = _shares(_weights(weights, num))
 
     def body(total, turn):
       part, portion = turn
@@ -197,17 +197,33 @@ def _weights(weights: Any, num: int) -> jax.Array:
     return jnp.ones(num, jnp.result_type(float))
   if isinstance(weights, (list, tuple)):
     traced = any(isinstance(weight, jax.Array) for weight in weights)
-    weights = jnp.stack(weights) if traced else np.asarray(weights)
+    weights = jnp.stack(weights) if traced else weights
+  if not isinstance(weights, jax.Array):
+    weights = np.asarray(weights)
   if jnp.shape(weights) != (num,):
     raise ValueError(
       f'weights must have the shape ({num},), one for each microbatch, got '
       f'{jnp.shape(weights)}.'
     )
+  if not _is_real(weights.dtype):
+    raise TypeError(f'weights must be real numbers of examples, got {weights.dtype}.')
   if not isinstance(weights, jax.Array) and np.any(weights < 0):
     raise ValueError(
       f'weights must not be negative, got {weights}: numbers of examples.'
     )
   return jnp.asarray(weights).astype(jnp.result_type(float))
+
+
+def _is_real(dtype: np.dtype) -> bool:
+  real = jnp.integer, jnp.floating, jnp.bool_
+  return any(jnp.issubdtype(dtype, kind) for kind in real)
+
+
+def _shares(weights: jax.Array) -> jax.Array:
+  """The weights as shares of their sum, which must not overflow, nor its inverse."""
+  large = 2.0**64
+  weights = jnp.where(jnp.max(weights) > large, weights / large, weights)
+  return jnp.where(jnp.all(weights >= 0), weights, jnp.nan) / jnp.sum(weights)
 
 
 def _parts(result: Any, has_aux: bool) -> tuple[tuple[jax.Array, Any], Any]:
@@ -240,7 +256,25 @@ def _parts(result: Any, has_aux: bool) -> tuple[tuple[jax.Array, Any], Any]:
       f'value_and_grad must return a scalar value, got shape {jnp.shape(value)}: take '
       'the mean over the microbatch.'
     )
-  return (value, grads), aux
+  _require_floating(value, grads)
+  return jax.tree.map(jnp.asarray, (value, grads)), aux
+
+
+def _require_floating(value: Any, grads: Any):
+  """Raises TypeError of what would be cut to whole numbers when it is averaged."""
+  if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+    raise TypeError(
+      'value_and_grad must return a real floating-point value, got '
+      f'{jnp.result_type(value)}.'
+    )
+  for path, leaf in jax.tree.leaves_with_path(grads):
+    dtype = leaf.dtype if hasattr(leaf, 'dtype') else jnp.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+      raise TypeError(
+        f'value_and_grad must return floating-point gradients, got {dtype} at '
+        f'{jax.tree_util.keystr(path) or "the root"}: differentiate by the '
+        'floating-point parameters only.'
+      )
 
 
 def _add(total: jax.Array, x: jax.Array, share: jax.Array) -> jax.Array:

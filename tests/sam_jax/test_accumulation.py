@@ -151,6 +151,17 @@ def test_nan_passes_unless_its_microbatch_weighs_nothing():
   assert np.isnan(value)
   value, _ = accumulated(params, stack, jnp.zeros(3))  # No examples at all.
   assert np.isnan(value)
+  _, grads = jax.jit(accumulated)(params, stack, jnp.array([2.0, 0.0, -1.0]))
+  assert np.isnan(grads['out']).all()
+
+
+@pytest.mark.parametrize('size', [1e-36, 2e38])
+def test_large_and_small_weights_are_shares_all_the_same(size):
+  stack, params = sam_jax.microbatches(_data(6, np.float32), 3), _params(np.float32)
+  accumulated = sam_jax.accumulate(jax.value_and_grad(_loss))
+  weights = np.array([1.0, 0.5, 1.0])
+  got = accumulated(params, stack, size * weights)
+  _close(got, accumulated(params, stack, weights), 1e-5, 1e-6)
 
 
 def test_half_precision_is_summed_in_float32():
@@ -333,6 +344,19 @@ def test_sharded_examples_stay_on_their_devices():
     (lambda: _call(lambda w, x: (x, w)), TypeError, r'scalar value, got shape \(2,\)'),
     (lambda: _call(_of_sum, weights=[1, 2]), ValueError, r'shape \(3,\), .* \(2,\)'),
     (lambda: _call(_of_sum, weights=[1, 2, -1]), ValueError, 'not be negative'),
+    (
+      lambda: _call(_of_sum, weights=['1', '2', '3']),
+      TypeError,
+      'weights must be real',
+    ),
+    (lambda: _call(_of_sum, weights=np.array([1j, 1, 1])), TypeError, 'got complex128'),
+    (lambda: _call(lambda w, x: (7, w)), TypeError, 'floating-point value, got int32'),
+    (lambda: _call(lambda w, x: (1j * w, w)), TypeError, 'value, got complex64'),
+    (
+      lambda: _call(lambda w, x: (w, {'n': jnp.int32(3)})),
+      TypeError,
+      r"gradients, got int32 at \['n'\]: differentiate by",
+    ),
     (lambda: _call(_of_sum, parts=np.ones((0, 2))), ValueError, 'is empty'),
   ],
 )
