@@ -41,7 +41,8 @@ class Found(NamedTuple):
     residual: its measured ``|H v - lambda v|``.
     converged: whether the residual is within the tolerance.
     edge: of the base optimizer, for Adam that of its preconditioned Hessian.
-    sam_edge: of SAM, or unnormalised SAM, over it; NaN with others and over Adam.
+    sam_edge: of SAM, or unnormalised SAM, over it; NaN with others, over Adam, and where
+      not every step perturbs.
     gradient_alignment: |cos| of the clean gradient and the top eigenvector.
     update_alignment: the same of what the method hands to its base optimizer.
     scaled: eigenvalue and residual of Adam's preconditioned Hessian; None with other
@@ -257,6 +258,8 @@ def edges_of(
   else:
     of = edges.nesterov_edge if base == 'nesterov' else edges.heavy_ball_edge
     edge = of(learning_rate, config.momentum)
+  if config.perturb_every > 1:
+    return edge, none  # Steps of both kinds alternate, and have no known edge together.
   if config.optimizer == 'sam':
     return edge, edges.sam_edge(gradient_norm, learning_rate, rho, **momentum)
   if config.optimizer == 'usam':

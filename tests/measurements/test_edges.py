@@ -239,6 +239,14 @@ def _run(problem, workdir, **options):
   )
 
 
+def test_steps_of_two_kinds_have_no_edge_of_sam():
+  arrays = [jnp.float32(x) for x in (2.0, 0.2, 0.1)]
+  config = dataclasses.replace(CONFIG, perturb_every=3)
+  edge, sam_edge = edges_program.edges_of(config, *arrays)
+  assert float(edge) == pytest.approx(10)
+  assert np.isnan(float(sam_edge))
+
+
 @pytest.mark.parametrize('step_number', [9])
 def test_a_killed_run_writes_the_same_lines(
   problem, whole, tmp_path, step_number, monkeypatch
