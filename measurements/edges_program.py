@@ -41,8 +41,8 @@ class Found(NamedTuple):
     residual: its measured ``|H v - lambda v|``.
     converged: whether the residual is within the tolerance.
     edge: of the base optimizer, for Adam that of its preconditioned Hessian.
-    sam_edge: of SAM, or unnormalised SAM, over it; NaN with others, over Adam, and where
-      not every step perturbs.
+    sam_edge: of SAM, or unnormalised SAM, over it; NaN with others, over Adam, and
+      where not every step perturbs.
     gradient_alignment: |cos| of the clean gradient and the top eigenvector.
     update_alignment: the same of what the method hands to its base optimizer.
     scaled: eigenvalue and residual of Adam's preconditioned Hessian; None with other
