@@ -56,7 +56,11 @@ def draw(lines: Sequence[dict[str, Any]], title: str) -> Any:
   losses.set(yscale='log')
   curves.label_plainly(losses.yaxis)
   plot(alignments, 'gradient_alignment', 'clean gradient', 'C0.-')
-  plot(alignments, 'update_alignment', 'gradient of the update', 'C3.-')
+  clean, update = (
+    [line.get(f'{of}_alignment') for line in lines] for of in ('gradient', 'update')
+  )
+  if clean != update:
+    plot(alignments, 'update_alignment', 'gradient of the update', 'C3.-')
   alignments.set(ylim=(0, 1.02), ylabel='|cos| with\ntop eigenvector', xlabel='step')
   for panel in (sharpness, losses, alignments):
     panel.grid(alpha=0.3)

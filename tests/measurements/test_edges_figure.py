@@ -26,3 +26,11 @@ def test_labels_of_logarithmic_axes_do_not_crowd(top):
     boxes = sorted((label.get_window_extent() for label in labels), key=lambda b: b.y0)
     assert all(a.y1 < b.y0 + 1 for a, b in zip(boxes, boxes[1:], strict=False))
     assert all('e' not in label.get_text() for label in labels)
+
+
+@pytest.mark.parametrize('update, curves', [(0.5, 1), (0.7, 2)])
+def test_one_curve_hides_no_other(update, curves):
+  line = dict.fromkeys(('operator_norm', 'loss', 'gradient_norm'), 1.0)
+  line |= {'step': 0, 'gradient_alignment': 0.5, 'update_alignment': update}
+  figure = edges_figure.draw([line], 'a run')
+  assert len(figure.axes[2].lines) == curves
