@@ -221,7 +221,7 @@ def _runner(tx, params, axis_name) -> Callable[..., _Updates]:
       height = jax.tree.map(
         lambda s, d: jnp.sum(s * (d + curved * d**2 / 2)), slope, moved
       )
-      return optax.tree.sum(height)
+      return 1 + optax.tree.sum(height)  # Above 0, as Polyak's step has it.
 
     state, found = tx.init(params), []
     for _ in range(2):
@@ -229,6 +229,7 @@ def _runner(tx, params, axis_name) -> Callable[..., _Updates]:
         clean,
         state,
         params,
+        value=loss(params),  # Polyak's step and reduction on a plateau want it.
         value_and_grad_fn=lambda at, *which: jax.value_and_grad(loss)(at),
         example_losses_fn=lambda at: loss(at)[None],
       )

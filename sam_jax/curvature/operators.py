@@ -190,6 +190,7 @@ class WeightedBatches:
     *,
     sums: bool = False,
   ):
+    products.require_several(batches)
     self._weight = weight or products.leading_dimension
     if isinstance(batches, list | tuple | Iterator):
       batches = [jax.device_put(batch) for batch in batches]

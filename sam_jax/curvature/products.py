@@ -8,7 +8,7 @@ made of the same functions are equal: what is compiled for one serves the other.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -190,6 +190,15 @@ def leading_dimension(batch: Batch) -> int:
       'batch, or pass weight= with its number of examples'
     )
   return np.shape(leaves[0])[0]
+
+
+def require_several(batches: Any):
+  """Raises TypeError of one batch in place of an iterable of them."""
+  if isinstance(batches, Mapping):
+    raise TypeError(
+      f'batches is a {type(batches).__name__}, which is one batch: give an iterable of '
+      'batches, such as [batch]'
+    )
 
 
 def at_least_float32(tree: Any) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 
 from sam_jax import landscape, plotting, probes
 from sam_jax.curvature.operators import Batch, LossFn, Params
-from sam_jax.curvature.products import at_least_float32
+from sam_jax.curvature.products import at_least_float32, require_several
 from sam_jax.measuring import entries, files, pages
 from sam_jax.measuring.parts import (
   MEASURES,
@@ -116,6 +116,8 @@ def measure(
     ValueError: an argument is out of range, the loss is no scalar, example_losses_fn
       does not give the losses of which loss_fn is the mean, or the folder holds files
       of something else or, without ``overwrite``, of an earlier call.
+    TypeError: ``batches`` is a single batch, or a parameter is no real floating-point
+      number.
     ImportError: ``figures`` without matplotlib.
     NonFiniteError: the parameters or the data hold NaN or infinity.
 
@@ -146,6 +148,7 @@ def measure(
   )
   chosen = _chosen(parts)
   params = at_least_float32(params)
+  require_several(batches)
   batches = [jax.device_put(batch) for batch in batches]
   key = probes.typed_key(key)
   subject = Subject(loss_fn, example_losses_fn, params, batches, weight, options, key)

@@ -152,6 +152,7 @@ def test_preconditioned_top_eigenvalue_is_invariant_to_rescaling(x64):
     (jnp.ones(2), [], None, ValueError, 'no examples'),
     (jnp.ones(2), [jnp.ones((2, 2))], lambda b: -1, ValueError, 'not negative'),
     (jnp.ones(2), [jnp.float32(1)], None, ValueError, 'pass weight='),
+    (jnp.ones(2), {'x': jnp.ones((2, 2))}, None, TypeError, r'is a dict, .* \[batch\]'),
     (jnp.ones(2, int), [jnp.ones((2, 2))], None, TypeError, 'dtype int32'),
     ({}, [jnp.ones((2, 2))], None, ValueError, 'no entries'),
   ],

@@ -193,6 +193,13 @@ def test_bad_arguments_are_refused_first(arguments, words, quadratic, tmp_path):
   assert not (tmp_path / 'new').exists()
 
 
+def test_one_batch_in_place_of_several_is_refused(quadratic, tmp_path):
+  params, (batch, *_) = quadratic
+  with pytest.raises(TypeError, match=r'batches is a dict, .* such as \[batch\]'):
+    sam_jax.measure(_loss, params, {'x': batch}, tmp_path / 'new')
+  assert not (tmp_path / 'new').exists()
+
+
 @pytest.mark.parametrize(
   ('loss', 'words'),
   [

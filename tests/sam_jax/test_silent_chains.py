@@ -44,6 +44,8 @@ def test_check_finds_nothing_in_the_documented_chains(name):
     optax.chain(optax.inject_hyperparams(sam_jax.sam)(rho=0.1), SGD),
     optax.chain(sam_jax.sam(), optax.apply_if_finite(SGD, 3)),
     optax.chain(sam_jax.sam(), optax.MultiSteps(SGD, 2).gradient_transformation()),
+    optax.chain(sam_jax.sam(), SGD, optax.contrib.reduce_on_plateau()),
+    optax.chain(sam_jax.frob_sam(), optax.polyak_sgd()),
   ],
 )
 def test_check_finds_nothing_in_wrappers_that_do_no_harm(tx):
