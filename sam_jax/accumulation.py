@@ -69,7 +69,8 @@ def accumulate(
 
   Values and gradients are summed in at least float32, and returned in the dtypes of
   one microbatch's. NaN of a microbatch is NaN of the result, except where its weight is
-  0: a microbatch without examples, whose mean is 0 / 0, has no part in it.
+  0: a microbatch without examples, whose mean is 0 / 0, has no part in it. Derivatives
+  taken through the function itself are NaN there all the same.
 
   `esam` chooses examples, which are gathered before they are split into microbatches;
   methods with one gradient a step take it at `gradient_point` as always.

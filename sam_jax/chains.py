@@ -28,7 +28,9 @@ def check(
   `optax.MultiSteps` or `optax.apply_if_finite` around the method,
   `optax.inject_hyperparams` around one that fixes its radius an update ahead, and
   `optax.masked` around a perturbation. `optax.masked`, `optax.multi_transform` and
-  `optax.flatten` around the method raise an error in training, which it says too.
+  `optax.flatten` around the method raise an error in training, which it says too. It
+  sees the first two updates: what a chain does later, with a learning rate that begins
+  at 0 or a `periodic` method that begins after them, it does not see.
 
   Args:
     tx: the whole chain, base optimizer and all.
