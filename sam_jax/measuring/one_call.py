@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sam_jax import landscape, plotting, probes
@@ -113,9 +114,10 @@ def measure(
     What `summary.json` says.
 
   Raises:
-    ValueError: an argument is out of range, the loss is no scalar, example_losses_fn
-      does not give the losses of which loss_fn is the mean, or the folder holds files
-      of something else or, without ``overwrite``, of an earlier call.
+    ValueError: an argument is out of range, the loss is no scalar or a sum over the
+      batch, example_losses_fn does not give the losses of which loss_fn is the mean, or
+      the folder holds files of something else or, without ``overwrite``, of an earlier
+      call.
     TypeError: ``batches`` is a single batch, or a parameter is no real floating-point
       number.
     ImportError: ``figures`` without matplotlib.
@@ -226,6 +228,24 @@ def _check_loss(loss_fn: LossFn, params: Params, batches: list[Batch]) -> None:
       f'loss_fn returns an array of shape {found.shape}: give one that returns a '
       'scalar, the mean over the batch'
     )
+  if _is_sum(loss_fn, params, batches[0]):
+    raise ValueError(
+      'loss_fn is a sum over the batch: its value is twice as large over a batch that '
+      'holds every example twice; give one that returns the mean'
+    )
+
+
+def _is_sum(loss_fn: LossFn, params: Params, batch: Batch) -> bool:
+  """Whether the loss doubles with the examples, where those can be repeated."""
+  leaves = jax.tree.leaves(batch)
+  if len({np.shape(leaf)[:1] for leaf in leaves} | {()}) != 2:
+    return False  # No common leading axis, which would be that of the examples.
+  twice = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), batch)
+  try:
+    once, doubled = (float(jax.jit(loss_fn)(params, x)) for x in (batch, twice))
+  except (TypeError, ValueError):
+    return False  # The loss is written for one size of batch.
+  return once != 0 and abs(doubled - 2 * once) <= 1e-3 * abs(once)
 
 
 def _claim(folder: pathlib.Path, overwrite: bool) -> None:

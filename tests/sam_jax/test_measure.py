@@ -213,6 +213,13 @@ def test_a_loss_that_is_no_scalar_is_refused_first(loss, words, quadratic, tmp_p
   assert not (tmp_path / 'new').exists()
 
 
+def test_a_sum_over_the_batch_is_refused_first(tmp_path):
+  network = jnp.ones(2), [jnp.ones((4, 2)), jnp.ones((3, 2))]
+  with pytest.raises(ValueError, match='loss_fn is a sum over the batch'):
+    sam_jax.measure(lambda w, x: jnp.sum((x @ w) ** 2), *network, tmp_path / 'new', k=1)
+  assert not (tmp_path / 'new').exists()
+
+
 def test_a_network_of_one_parameter_has_all_but_a_landscape(tmp_path):
   """0.5 mean(x) w^2 has the curvature mean(x)."""
   loss = lambda w, x: 0.5 * jnp.mean(x) * w**2
