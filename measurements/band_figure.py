@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import numpy as np
 
 from training import curves
 
-_WIDTH, _HEIGHT, _DPI = 7.0, 4.0, 90
+_WIDTH, _HEIGHT = 7.0, 4.0
 # Half-width of the band in standard errors: 95 %.
 _HALF_WIDTH = 1.96
 
@@ -54,10 +53,7 @@ def save(path: pathlib.Path, *args: Any, **keywords: Any) -> None:
     *args: of `draw`.
     **keywords: of `draw`.
   """
-  figure = draw(*args, **keywords)
-  temporary = path.with_name(f'{path.stem}.tmp{path.suffix}')
-  figure.savefig(temporary, dpi=_DPI)
-  os.replace(temporary, path)
+  curves.save_whole(draw(*args, **keywords), path)
 
 
 def draw(

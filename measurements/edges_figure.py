@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from training import curves
 
-_WIDTH, _HEIGHT, _DPI = 7.0, 7.5, 90
+_WIDTH, _HEIGHT = 7.0, 7.5
 
 
 def save(path: pathlib.Path, lines: Sequence[dict[str, Any]], title: str) -> None:
@@ -20,10 +19,7 @@ def save(path: pathlib.Path, lines: Sequence[dict[str, Any]], title: str) -> Non
     lines: as `measurements.edges` writes them.
     title: above the figure.
   """
-  figure = draw(lines, title)
-  temporary = path.with_name(f'{path.stem}.tmp{path.suffix}')
-  figure.savefig(temporary, dpi=_DPI)
-  os.replace(temporary, path)
+  curves.save_whole(draw(lines, title), path)
 
 
 def draw(lines: Sequence[dict[str, Any]], title: str) -> Any:

@@ -22,9 +22,7 @@ larger --steps one that has ended goes on, too.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -350,28 +348,15 @@ def main(argv: Sequence[str]) -> None:
   _check(flags)
   of_flow = {name: flags[name].value for name in _OF_FLOW}
   facts = full_batch.facts(config, flags, ['window', *_OF_FLOW])
-  folder = pathlib.Path(flags.out)
   title = (
     f'{config_lib.short(config.task)}: gradient descent and its central flow, eta '
     f'{config.learning_rate:g}, seed {config.seed}'
   )
-  journal = full_batch.Journal(folder, {'name': 'central_flow', **facts})
-  with contextlib.closing(journal):
-    done = journal.lines[-1]['step'] if journal.lines else 0
-    show = lambda: full_batch.save_figure(draw(journal.lines, title), folder)
-    steps = [s for s in range(0, flags.steps + 1, flags.every) if s > done]
-    if steps:
-      with full_batch.computing(flags.dtype, flags.cache):
-        full = full_batch.FullBatch(config, flags.dtype)
-        print(full.describe(), flush=True)
-        found = compare(
-          full, config.learning_rate, steps, flags.window, journal.state, **of_flow
-        )
-        full_batch.follow(journal, found, flags.steps, _tell, show)
-    show()
-    result = summarize(journal.lines)
-    journal.write_result(result)
-  print(f'{result["text"]}\n  {folder}/')
+  follow = lambda full, steps, state: compare(
+    full, config.learning_rate, steps, flags.window, state, **of_flow
+  )
+  study = full_batch.Study('central_flow', title, 1, follow, _tell, draw, summarize)
+  full_batch.run(study, config, flags, facts)
 
 
 if __name__ == '__main__':

@@ -16,8 +16,8 @@ import os
 import pathlib
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from flax import traverse_util
 
 import tasks
 from sam_jax import curvature
-from training import cli, compiler, step
+from training import cli, compiler, curves, step
 from training import config as config_lib
 from training import problem as problem_lib
 from training.config import Config
@@ -51,7 +51,6 @@ _FIELDS = (
   'data_dir',
 )
 _TOL = 1e-3  # Residual of an eigenpair over its eigenvalue, at which a search ends.
-_DPI = 90
 _DRAW_SECONDS = 60.0
 
 
@@ -394,11 +393,50 @@ def follow(
     ticker.keep()
 
 
-def save_figure(figure: Any, folder: pathlib.Path) -> None:
-  """Writes a figure so that a reader finds a whole picture, old or new."""
-  temporary = folder / f'tmp_{FIGURE}'
-  figure.savefig(temporary, dpi=_DPI)
-  os.replace(temporary, folder / FIGURE)
+class Study(NamedTuple):
+  """What one study does with its lines.
+
+  Attributes:
+    name: of the study.
+    title: above its figure.
+    first: step of the first line.
+    compare: ``compare(full, steps, state)`` yields lines with the states after them.
+    tell: a line in a few words.
+    draw: ``draw(lines, title)``, the figure.
+    summarize: the result from all lines, with a `text`.
+  """
+
+  name: str
+  title: str
+  first: int
+  compare: Callable[..., Iterator[tuple[dict[str, Any], dict[str, Any]]]]
+  tell: Callable[[dict[str, Any]], str]
+  draw: Callable[..., Any]
+  summarize: Callable[..., dict[str, Any]]
+
+
+def run(study: Study, config: Config, flags: Any, facts: Mapping[str, Any]) -> None:
+  """Takes a study of flags that `check` has seen to its end, and tells the result.
+
+  The facts are what decides its lines, see `facts`.
+  """
+  folder = pathlib.Path(flags.out)
+  journal = Journal(folder, {'name': study.name, **facts})
+  with contextlib.closing(journal):
+    done = journal.lines[-1]['step'] if journal.lines else study.first - 1
+    figure = lambda: study.draw(journal.lines, study.title)
+    show = lambda: curves.save_whole(figure(), folder / FIGURE)
+    steps = [s for s in range(0, flags.steps + 1, flags.every) if s > done]
+    if steps:
+      with computing(flags.dtype, flags.cache):
+        full = FullBatch(config, flags.dtype)
+        print(full.describe(), flush=True)
+        found = study.compare(full, steps, journal.state)
+        follow(journal, found, flags.steps, study.tell, show)
+    show()
+    result = study.summarize(journal.lines)
+    journal.write_result(result)
+  print(f'{result["text"]}\n  {folder}/')
 
 
 @contextlib.contextmanager

@@ -18,8 +18,6 @@ for bit; with larger --steps one that has ended goes on, too.
 
 from __future__ import annotations
 
-import contextlib
-import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -306,32 +304,15 @@ def main(argv: Sequence[str]) -> None:
       'most 2.5.'
     )
   facts = full_batch.facts(config, flags, ['step_times_curvature'])
-  folder = pathlib.Path(flags.out)
   title = (
     f'{config_lib.short(config.task)}: gradient descent and gradient flow, eta '
     f'{config.learning_rate:g}, seed {config.seed}'
   )
-  journal = full_batch.Journal(folder, {'name': 'gradient_flow', **facts})
-  with contextlib.closing(journal):
-    done = journal.lines[-1]['step'] if journal.lines else -1
-    show = lambda: full_batch.save_figure(draw(journal.lines, title), folder)
-    steps = [s for s in range(0, flags.steps + 1, flags.every) if s > done]
-    if steps:
-      with full_batch.computing(flags.dtype, flags.cache):
-        full = full_batch.FullBatch(config, flags.dtype)
-        print(full.describe(), flush=True)
-        found = compare(
-          full,
-          config.learning_rate,
-          steps,
-          flags.step_times_curvature,
-          journal.state,
-        )
-        full_batch.follow(journal, found, flags.steps, _tell, show)
-    show()
-    result = summarize(journal.lines)
-    journal.write_result(result)
-  print(f'{result["text"]}\n  {folder}/')
+  follow = lambda full, steps, state: compare(
+    full, config.learning_rate, steps, flags.step_times_curvature, state
+  )
+  study = full_batch.Study('gradient_flow', title, 0, follow, _tell, draw, summarize)
+  full_batch.run(study, config, flags, facts)
 
 
 if __name__ == '__main__':

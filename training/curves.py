@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 from typing import Any
 
 from training.problem import Score
 
 FILE_NAME = 'curves.png'
+# Of pictures that are drawn again and again while a run goes.
+_LIVE_DPI = 90
+
+
+def save_whole(figure: Any, path: pathlib.Path) -> None:
+  """Writes a figure so that a reader finds a whole picture, old or new.
+
+  Args:
+    figure: a `matplotlib.figure.Figure`.
+    path: of the PNG file.
+  """
+  temporary = path.with_name(f'{path.stem}.tmp{path.suffix}')
+  figure.savefig(temporary, dpi=_LIVE_DPI)
+  os.replace(temporary, path)
 
 
 def label_plainly(axis: Any) -> None:
