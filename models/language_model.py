@@ -4,6 +4,10 @@ The encoder's parts are those of Vaswani et al., "Attention Is All You Need", 20
 arXiv:1706.03762, normalized before each part instead of after it.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -42,15 +46,18 @@ class LanguageModel(nn.Module):
   widening: int = 4
 
   @nn.compact
-  def __call__(self, tokens_BT: jax.Array, *, train: bool = False) -> jax.Array:
+  def __call__(
+    self, tokens_BT: jax.Array, *, train: bool = False, head: bool = True
+  ) -> jax.Array:
     """Returns logits.
 
     Args:
       tokens_BT: int tokens below V.
       train: has no effect, because no layer behaves differently in training.
+      head: False returns what the head takes, without applying it.
 
     Returns:
-      `(B, T, V)`, at each position those of the next token.
+      `(B, T, V)`, at each position those of the next token; `(B, T, D)` without head.
     """
     del train
     shape = (tokens_BT.shape[1], self.features)
@@ -69,7 +76,48 @@ class LanguageModel(nn.Module):
         _layer_norm(x_BTD)
       )
       x_BTD = x_BTD + nn.Dense(self.features, kernel_init=init)(nn.gelu(h_BTF))
-    return nn.Dense(self.vocabulary)(_layer_norm(x_BTD))
+    x_BTD = _layer_norm(x_BTD)
+    return nn.Dense(self.vocabulary)(x_BTD) if head else x_BTD
+
+  def token_losses(
+    self, params: Any, tokens_BT: jax.Array, labels_BT: jax.Array, *, chunk: int
+  ) -> jax.Array:
+    """The cross-entropy of every position, with few logits in memory at a time.
+
+    The head and the softmax of `chunk` positions are computed at once, and again when
+    a gradient or a Hessian-vector product needs them (`jax.checkpoint`). With a large
+    vocabulary the logits of a whole batch are most of the memory of a gradient.
+
+    Args:
+      params: of `init`.
+      tokens_BT: int tokens below V.
+      labels_BT: int, the next tokens.
+      chunk: positions whose logits are held at once, at least 1.
+
+    Returns:
+      `(B, T)`, in nats; gradients and products of them are those of the whole logits
+      but for rounding.
+
+    >>> tokens = jnp.zeros((2, 5), int)
+    >>> model = LanguageModel(features=8, num_layers=1, num_heads=2, head_features=4)
+    >>> params = jax.jit(model.init)(jax.random.key(0), tokens)['params']
+    >>> model.token_losses(params, tokens, tokens, chunk=4).shape
+    (2, 5)
+    """
+    if chunk < 1:
+      raise ValueError(f'chunk={chunk}: must be at least 1')
+    head = params[f'Dense_{2 * self.num_layers}']
+    x_BTD = self.apply({'params': params}, tokens_BT, head=False)
+
+    @jax.checkpoint
+    def losses(x_D, label):
+      # Vectorized by `lax.map`, a chunk at a time.
+      logits_V = x_D @ head['kernel'] + head['bias']
+      return jax.nn.logsumexp(logits_V) - logits_V[label]
+
+    flat = x_BTD.reshape(-1, x_BTD.shape[-1]), labels_BT.ravel()
+    found = jax.lax.map(lambda pair: losses(*pair), flat, batch_size=chunk)
+    return found.reshape(labels_BT.shape)
 
 
 class _CausalAttention(nn.Module):

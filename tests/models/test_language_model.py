@@ -76,3 +76,58 @@ def test_the_published_network_has_its_size():
   sizes = 128 * 128 + 64 * 128 + 6 * (attention + dense + 4 * 128)
   sizes += 2 * 128 + 128 * 128 + 128
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == sizes
+
+
+def test_losses_in_chunks_are_those_of_the_whole_logits(x64):
+  """Values, gradients and Hessian products; chunks that divide the positions or not."""
+  model = LanguageModel(
+    vocabulary=9, features=4, num_layers=1, num_heads=1, head_features=4, widening=1
+  )
+  tokens, labels = np.random.default_rng(0).integers(0, 9, (2, 2, 5))
+  params = jax.jit(model.init)(jax.random.key(0), tokens)['params']
+  keys = iter(jax.random.split(jax.random.key(1), 99))
+  draw = lambda x: jax.random.normal(next(keys), x.shape, jnp.float64)
+  params, vector = jax.tree.map(draw, params), jax.tree.map(draw, params)
+  weights = np.random.default_rng(1).uniform(size=(2, 5))
+
+  def whole(params):
+    log_probs = jax.nn.log_softmax(model.apply({'params': params}, tokens))
+    return -jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
+
+  def found(losses):
+    mean = lambda params: jnp.sum(weights * losses(params))
+    gradient, product = jax.jvp(jax.grad(mean), (params,), (vector,))
+    return losses(params), gradient, product
+
+  expected = jax.jit(lambda: found(whole))()
+  for chunk in (5, 3, 100):
+    in_chunks = lambda p, c=chunk: model.token_losses(p, tokens, labels, chunk=c)
+    for a, b in zip(
+      jax.tree.leaves(jax.jit(lambda f=in_chunks: found(f))()),
+      jax.tree.leaves(expected),
+      strict=True,
+    ):
+      np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_chunks_bound_the_memory_of_a_gradient_and_of_a_product():
+  """At 512 positions of 4,096 tokens the logits alone are 8 MiB."""
+  model = LanguageModel(
+    vocabulary=4096, features=8, num_layers=1, num_heads=1, head_features=8
+  )
+  tokens = np.zeros((8, 64), np.int32)
+  params = jax.eval_shape(model.init, jax.random.key(0), tokens)['params']
+
+  def temporaries(chunk):
+    loss = lambda p: model.token_losses(p, tokens, tokens, chunk=chunk).mean()
+    product = lambda p, v: jax.jvp(jax.grad(loss), (p,), (v,))[1]
+    compiled = jax.jit(product).lower(params, params).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert temporaries(512) > 8 * 2**20 > 2 * temporaries(16)
+
+
+def test_a_chunk_of_none_is_refused():
+  tokens = np.zeros((1, 2), np.int32)
+  with pytest.raises(ValueError, match='chunk=0: must be at least 1'):
+    LanguageModel().token_losses({}, tokens, tokens, chunk=0)
