@@ -68,7 +68,7 @@ def phases(config: Any, problem: Problem, batch: Any) -> list[Phase]:
     state = replicas.place(replicas.replicate(init(config.seed)))
     train_step = functools.partial(stepper.train, phase=phase)
     compiled = replicas.map(train_step, donate=True).lower(state, batch).compile()
-    run = _steps(compiled, state, batch)
+    run = steps(compiled, state, batch)
     found.append(Phase(count / total, flops(compiled), memory(compiled), run))
   return found
 
@@ -81,7 +81,9 @@ def one_device(
   return step.Stepper(problem, config, steps_per_epoch, sharing.of(config), axis_name)
 
 
-def _steps(compiled: Any, state: Any, batch: Any) -> Callable[[], Any]:
+def steps(compiled: Any, state: Any, batch: Any) -> Callable[[], Any]:
+  """A function that takes the next of a run of steps over one batch."""
+
   def run():
     nonlocal state  # Given away to the step, as in training.
     state, metrics = compiled(state, batch)
