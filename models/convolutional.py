@@ -20,6 +20,8 @@ class ConvNet(nn.Module):
   Attributes:
     features: channels of each block.
     num_classes: number of classes C.
+    smooth: GELU in place of ReLU, and the mean of 2x2 pixels in place of the largest,
+      so that the network can be differentiated any number of times.
 
   >>> model = ConvNet(features=(4, 8))
   >>> images = jnp.zeros((2, 8, 8, 3))
@@ -30,6 +32,7 @@ class ConvNet(nn.Module):
 
   features: Sequence[int] = (16, 32)
   num_classes: int = 10
+  smooth: bool = False
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -53,11 +56,12 @@ class ConvNet(nn.Module):
         f'{len(self.features)} times; leave out a block.'
       )
     x, init = images, nn.initializers.glorot_normal()
+    activation = nn.gelu if self.smooth else nn.relu
     for width in self.features:
       conv = Conv(width, use_bias=True, kernel_init=init)
       # The fast variance is a difference, which loses digits where pixels are alike.
-      x = nn.LayerNorm(use_fast_variance=False)(nn.relu(conv(x)))
-      x = _largest_of_four(x)
+      x = nn.LayerNorm(use_fast_variance=False)(activation(conv(x)))
+      x = nn.avg_pool(x, (2, 2), (2, 2)) if self.smooth else _largest_of_four(x)
     return nn.Dense(self.num_classes, kernel_init=init)(x.reshape(len(x), -1))
 
 

@@ -7,9 +7,16 @@ import pytest
 from models import ConvNet
 
 
-def test_logits_are_the_formula_in_numpy():
+def gelu(x):  # the approximation by tanh
+  return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+@pytest.mark.parametrize('smooth', [False, True])
+def test_logits_are_the_formula_in_numpy(smooth):
   """Straight loops over pixels, in float64; an odd row is dropped by the pool."""
-  model = ConvNet(features=(2, 3), num_classes=4)
+  model = ConvNet(features=(2, 3), num_classes=4, smooth=smooth)
+  activation = gelu if smooth else lambda x: np.maximum(x, 0)
+  pool = np.mean if smooth else np.max
   images = np.random.default_rng(0).normal(size=(2, 5, 4, 3)).astype(np.float32)
   params = model.init(jax.random.key(0), images)['params']
   given = jax.tree.map(lambda x: x + 0.1, params)
@@ -22,7 +29,7 @@ def test_logits_are_the_formula_in_numpy():
     for i in range(x.shape[1]):
       for j in range(x.shape[2]):
         y[:, i, j] = np.tensordot(padded[:, i : i + 3, j : j + 3], kernel, 3)
-    y = np.maximum(y + params[f'Conv_{block}']['bias'], 0)
+    y = activation(y + params[f'Conv_{block}']['bias'])
     y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-6)
     norm = params[f'LayerNorm_{block}']
     y = y * norm['scale'] + norm['bias']
@@ -30,7 +37,8 @@ def test_logits_are_the_formula_in_numpy():
     x = np.zeros((2, height, width, kernel.shape[-1]))
     for i in range(height):
       for j in range(width):
-        x[:, i, j] = y[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].max(axis=(1, 2))
+        four = y[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+        x[:, i, j] = pool(four, axis=(1, 2))
   expected = x.reshape(2, -1) @ params['Dense_0']['kernel'] + params['Dense_0']['bias']
   np.testing.assert_allclose(
     model.apply({'params': given}, images), expected, rtol=1e-4, atol=1e-5
