@@ -56,7 +56,7 @@ def build(config: training.Config) -> training.Problem:
     train=train,
     test=test,
     example_losses=scores.one_hot_error(1 / 10),
-    scores=scores.Classification(10, tuple(loaded[2])),
+    scores=scores.Classification(10, tuple(loaded[2]), logits=False),
     example_inputs=train.arrays['inputs'][:1],
     loss_name='mean squared error',
   )

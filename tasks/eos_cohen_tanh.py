@@ -53,7 +53,7 @@ def build(config: training.Config) -> training.Problem:
     train=train,
     test=test,
     example_losses=scores.one_hot_error(1 / 2),
-    scores=scores.Classification(10, tuple(classes)),
+    scores=scores.Classification(10, tuple(classes), logits=False),
     example_inputs=train.arrays['inputs'][:1],
     loss_name='half the squared error',
   )

@@ -54,7 +54,7 @@ def build(config: training.Config) -> training.Problem:
     train=train,
     test=test,
     example_losses=scores.one_hot_error(1 / 10),
-    scores=scores.Classification(10),
+    scores=scores.Classification(10, logits=False),
     example_inputs=train.arrays['inputs'][:1],
     loss_name='mean squared error',
   )

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from training.problem import Batch, Score
+from training.scores import calibration
 
 FILE_NAME = 'confusion.png'
 # Above these numbers of classes a picture has no room for counts, and for names.
@@ -22,15 +23,18 @@ _MAX_WRITTEN, _MAX_NAMED = 20, 60
 
 @dataclasses.dataclass(frozen=True)
 class Classification:
-  """Scores of logits (B, C) against int labels (B,).
+  """Scores of outputs (B, C) against int labels (B,).
 
   Attributes:
     num_classes: C.
     class_names: by default the numbers of the classes.
+    logits: whether the softmax of the outputs are probabilities, whose calibration is
+      measured; False where the network is trained on squared errors.
   """
 
   num_classes: int
   class_names: tuple[str, ...] = ()
+  logits: bool = True
 
   main = Score('accuracy', 'accuracy', 100, '%')
 
@@ -40,19 +44,39 @@ class Classification:
     return correct.astype(batch['weights'].dtype)
 
   def totals(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-    """Total weight by true class (rows) and predicted class (columns), (C, C)."""
+    """The confusion matrix, and the sums of the calibration.
+
+    Args:
+      outputs: float (B, C).
+      batch: int 'labels' (B,) and 'weights' (B,).
+
+    Returns:
+      `confusion`, total weight by true class (rows) and predicted class (columns), (C,
+      C), and of logits what `calibration.totals` gives.
+    """
     cell = batch['labels'] * self.num_classes + jnp.argmax(outputs, axis=-1)
     counts = jnp.zeros(self.num_classes**2, batch['weights'].dtype)
     counts = counts.at[cell].add(batch['weights'])
-    return {'confusion': counts.reshape(self.num_classes, self.num_classes)}
+    confusion = counts.reshape(self.num_classes, self.num_classes)
+    more = calibration.totals(outputs, batch) if self.logits else {}
+    return {'confusion': confusion, **more}
 
   def summarize(self, totals: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Recall, precision and F1 of each class, and their means."""
-    return scores(totals['confusion'], self.class_names)
+    """Recall, precision and F1 of each class, their means, and the calibration."""
+    found = scores(totals['confusion'], self.class_names)
+    if self.logits:
+      found['calibration'] = calibration.summarize(totals)
+    return found
 
   def describe(self, found: dict[str, Any]) -> str:
-    """The macro F1."""
-    return f'macro F1 {found["macro_f1"]:.4f}'
+    """The macro F1, and the calibration error beside what chance makes of it."""
+    text = f'macro F1 {found["macro_f1"]:.4f}'
+    if error := found.get('calibration'):
+      text += (
+        f'; calibration error {error["ece"]:.4f} (by chance '
+        f'{error["ece_by_chance"]:.4f})'
+      )
+    return text
 
   def draw(self, folder: pathlib.Path, found: dict[str, Any], title: str) -> None:
     """Draws `confusion.png`."""
