@@ -212,14 +212,16 @@ def summarize(lines: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:
 
   Returns:
     The mean over the last third of the steps of the norm, whose edge is 1, where it is
-    finite, `mean_noise_kernel_norm`, with the half-width of its 95 % interval,
-    `..._interval`, of the means of consecutive blocks (`blocks.late_mean`); the share
-    of that third's lines in which it is infinite; and the number of lines.
+    finite and the learning rate is not 0, `mean_noise_kernel_norm`, with the half-width
+    of its 95 % interval, `..._interval`, of the means of consecutive blocks
+    (`blocks.late_mean`); the share of that third's lines in which it is infinite; and
+    the number of lines.
   """
   values = [
     (line['step'], line['noise_kernel_norm'])
     for line in lines
-    if line['noise_kernel_norm'] is not None
+    # At a learning rate of 0 nothing moves, and the norm is 0 whatever the network.
+    if line['noise_kernel_norm'] is not None and line['learning_rate']
   ]
   mean, interval = blocks.late_mean(values, step)
   infinite = [(line['step'], float(line['infinite'])) for line in lines]

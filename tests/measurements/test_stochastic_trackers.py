@@ -269,6 +269,14 @@ def test_a_norm_that_is_infinite_is_null(problem):
   assert found['share_infinite'] == 1 and found['text'] == ''
 
 
+def test_steps_of_no_length_have_no_part_in_the_mean_of_the_norm():
+  """A schedule that ends at 0 does not pull it down."""
+  line = {'noise_kernel_norm': 0.5, 'infinite': False, 'learning_rate': 0.1}
+  still = {'noise_kernel_norm': 0.0, 'infinite': False, 'learning_rate': 0.0}
+  found = noise.summarize([{**line, 'step': 9}, {**still, 'step': 10}], 10)
+  assert found['mean_noise_kernel_norm'] == 0.5 and found['measured'] == 2
+
+
 @pytest.mark.parametrize('how', ['kernel', 'matrix', 'products'])
 def test_a_norm_that_is_not_finite_tells_of_divergence(how, monkeypatch):
   problem = _problem(Network() if how == 'kernel' else Scaled())
