@@ -187,11 +187,16 @@ class _Part(NamedTuple):
 
 
 class _Piece(NamedTuple):
-  """Some examples of a batch, as bytes: arrays would go through shared memory, of which
-  pieces are left behind where a stream is closed early."""
+  """Some examples of a batch, or what is wrong with one of them.
 
-  inputs: bytes
-  labels: bytes
+  They are bytes, because arrays would go through shared memory, of which parts are left
+  behind where a stream is closed early. A fault is a value, because grain adds lines of
+  its own to what an exception says.
+  """
+
+  inputs: bytes = b''
+  labels: bytes = b''
+  fault: str = ''
 
 
 class _Pieces:
@@ -231,14 +236,15 @@ class _Pieces:
   def __getitem__(self, piece: int) -> _Piece:
     epoch, piece = divmod(piece + self._first, self._count)
     order, bounds = self._order_of(epoch)
-    inputs, labels = zip(
-      *(
-        self._examples.load(index, self._generator(epoch, index))
-        for index in order[bounds[piece] : bounds[piece + 1]].tolist()
-      ),
-      strict=True,
-    )
-    return _Piece(np.stack(inputs).tobytes(), np.array(labels, np.int32).tobytes())
+    indices = order[bounds[piece] : bounds[piece + 1]].tolist()
+    load = self._examples.load
+    try:
+      pairs = [load(index, self._generator(epoch, index)) for index in indices]
+    except DataError as error:
+      return _Piece(fault=str(error))
+    inputs, labels = zip(*pairs, strict=True)
+    stacked = np.stack(inputs, dtype=self._examples.dtype, casting='safe')
+    return _Piece(stacked.tobytes(), np.array(labels, np.int32).tobytes())
 
   def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """The examples of an epoch in their order, and where in it pieces begin and end."""
@@ -282,7 +288,11 @@ class _Reader:
   def read(
     self, examples: Examples, part: _Part, epoch: int, start: int
   ) -> Iterator[_Piece]:
-    """Yields the pieces from a step of an epoch on, without end."""
+    """Yields the pieces from a step of an epoch on, without end.
+
+    Raises:
+      DataError: an example cannot be read.
+    """
     pieces = _Pieces(examples, part)
     number = pieces.number(epoch, start)
     stream = self._take(part, pieces, number)
@@ -293,6 +303,8 @@ class _Reader:
       while True:
         piece = next(stream.iterator)
         stream.position += 1
+        if piece.fault:
+          raise DataError(piece.fault)
         yield piece
     except GeneratorExit:
       _close(self._idle)

@@ -20,12 +20,12 @@ Each 64 examples perturb for themselves with --m_sharpness=64, as on the 64 chip
 authors. 22,050,664 parameters (S/16) and 86,567,656 (B/16). --scale=small is 32 x 32
 pixels, width 32, two layers, batch 16 and 3 epochs.
 
-Sources: tables 1 and 4 of the GSAM paper (arXiv:2203.08065), whose rows of SAM are those
-of arXiv:2106.01548, and the authors' configuration (google-research/big_vision,
-configs/proj/gsam/vit_i1k_gsam_no_aug.py). SAM's rho of .2 for B/16 and the 64 chips are
-told in google-research/vision_transformer, issue 153; .1 for S/16 is a first choice
-beside it. The authors' loss is a sigmoid cross-entropy, weight decay leaves out biases,
-and the head reads the mean of the patches (--model=pool=mean); here the loss is the
+Sources: tables 1 and 4 of the GSAM paper (arXiv:2203.08065) and its authors'
+configuration (google-research/big_vision, configs/proj/gsam/vit_i1k_gsam_no_aug.py).
+SAM's rho of .2 for B/16 and the 64 chips: google-research/vision_transformer, issue
+153, on arXiv:2106.01548; .1 for S/16 is a first choice beside it. The authors'
+loss is a sigmoid cross-entropy, their weight decay leaves out all but kernels, and the
+head reads the mean of the patches (--model=pool=mean); here the loss is the
 cross-entropy of a softmax, all parameters decay, and the head reads a class token.
 
 Expected, from the paper: test accuracy in % of ViT-S/16 74.4 with AdamW, 78.1 with SAM

@@ -57,7 +57,7 @@ class Feed:
       yield self._take(self._arrays, self._replicas.local(indices.astype(np.int32)))
 
   def _made(self, batches: Batches, epoch: int, start: int) -> Iterator[Batch]:
-    """This process's shards; where batches can make them alone, nothing else is read."""
+    """This process's shards, and nothing else where batches can make them alone."""
     local = self._replicas.local
     if hasattr(batches, 'local_epoch'):
       return batches.local_epoch(epoch, start, local)
