@@ -129,8 +129,10 @@ def test_8_devices_train_as_one_does(tree, tmp_path, groups):
       'imagenet_vit',
       tree,
       epochs=2,
-      batch_size=16,
       m_sharpness=16 if groups == 1 else 2,
+      # Adam would magnify the rounding of gradients that are nearly zero.
+      base_optimizer='momentum',
+      learning_rate=0.1,
     )
     workdir = tmp_path / str(devices)
     loop.train(config, tasks.build(config), workdir, num_devices=devices)
@@ -143,7 +145,7 @@ def test_8_devices_train_as_one_does(tree, tmp_path, groups):
 
 @pytest.mark.slow
 def test_a_run_of_the_residual_network(tree, tmp_path):
-  config = _resolve('imagenet_resnet', tree, epochs=1)
+  config = _resolve('imagenet_resnet', tree, epochs=2)
   summary = loop.train(config, tasks.build(config), tmp_path, num_devices=8)
   assert np.isfinite(summary['final']['test_loss'])
 
