@@ -43,7 +43,61 @@ def split_indices(
   return order[:num_train], order[num_train:]
 
 
-class Batches:
+class Order:
+  """Which examples the batches of a split hold, for any epoch and from any step on."""
+
+  def __init__(
+    self,
+    num_examples: int,
+    batch_size: int,
+    shards: tuple[int, ...],
+    seed: int | None,
+  ):
+    """Prepares the order.
+
+    Args:
+      num_examples: number of examples in the split.
+      batch_size: examples in a global batch; the last one may be smaller.
+      shards: leading axes over which a global batch is dealt out.
+      seed: seed of the order; None keeps the order of the split.
+    """
+    if batch_size < 1:
+      raise ValueError(f'batch_size={batch_size}: must be at least 1.')
+    if any(axis < 1 for axis in shards):
+      raise ValueError(f'shards={shards}: every axis must be at least 1.')
+    self._num_examples = num_examples
+    self._batch_size = batch_size
+    self._shards = tuple(shards)
+    self.seed = seed
+
+  @property
+  def steps_per_epoch(self) -> int:
+    """Number of batches in an epoch, the last, smaller one included."""
+    return -(-self._num_examples // self._batch_size)
+
+  def indices(self, epoch: int, start: int = 0) -> list[np.ndarray]:
+    """Returns which examples the batches of `epoch` hold, from step `start` on.
+
+    An int64 array of shape `(*shards, slots)` a batch, -1 for an empty slot.
+    """
+    if self.seed is None:
+      order = np.arange(self._num_examples)
+    else:
+      generator = np.random.default_rng([self.seed, epoch])
+      order = generator.permutation(self._num_examples)
+    firsts = range(start * self._batch_size, self._num_examples, self._batch_size)
+    return [self._deal(order[first : first + self._batch_size]) for first in firsts]
+
+  def _deal(self, indices: np.ndarray) -> np.ndarray:
+    """Deals indices out contiguously to the shards, filling up with -1."""
+    num_shards = math.prod(self._shards)
+    slots = -(-len(indices) // num_shards)
+    dealt = np.full(num_shards * slots, _EMPTY, np.int64)
+    dealt[: len(indices)] = indices
+    return dealt.reshape(*self._shards, slots)
+
+
+class Batches(Order):
   """The batches of a split, for any epoch and from any step on."""
 
   def __init__(
@@ -57,52 +111,19 @@ class Batches:
     """Prepares batches.
 
     Args:
-      num_examples: number of examples in the split.
-      batch_size: examples in a global batch; the last one may be smaller.
-      shards: leading axes over which a global batch is dealt out.
-      seed: seed of the order; None keeps the order of the split.
+      num_examples: see `Order`, as the next three.
+      batch_size: examples in a global batch.
+      shards: leading axes.
+      seed: seed of the order.
       collate: makes a batch of an index array of shape `(*shards, slots)`, in
         which -1 stands for an empty slot.
     """
-    if batch_size < 1:
-      raise ValueError(f'batch_size={batch_size}: must be at least 1.')
-    if any(axis < 1 for axis in shards):
-      raise ValueError(f'shards={shards}: every axis must be at least 1.')
-    self._num_examples = num_examples
-    self._batch_size = batch_size
-    self._shards = tuple(shards)
-    self._seed = seed
+    super().__init__(num_examples, batch_size, shards, seed)
     self._collate = collate
-
-  @property
-  def steps_per_epoch(self) -> int:
-    """Number of batches in an epoch, the last, smaller one included."""
-    return -(-self._num_examples // self._batch_size)
 
   def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
     """Yields the batches of `epoch`, beginning at step `start` of it."""
     return map(self._collate, self.indices(epoch, start))
-
-  def indices(self, epoch: int, start: int = 0) -> list[np.ndarray]:
-    """Returns which examples the batches of `epoch` hold, from step `start` on.
-
-    An int64 array of shape `(*shards, slots)` a batch, -1 for an empty slot.
-    """
-    if self._seed is None:
-      order = np.arange(self._num_examples)
-    else:
-      generator = np.random.default_rng([self._seed, epoch])
-      order = generator.permutation(self._num_examples)
-    firsts = range(start * self._batch_size, self._num_examples, self._batch_size)
-    return [self._deal(order[first : first + self._batch_size]) for first in firsts]
-
-  def _deal(self, indices: np.ndarray) -> np.ndarray:
-    """Deals indices out contiguously to the shards, filling up with -1."""
-    num_shards = math.prod(self._shards)
-    slots = -(-len(indices) // num_shards)
-    dealt = np.full(num_shards * slots, _EMPTY, np.int64)
-    dealt[: len(indices)] = indices
-    return dealt.reshape(*self._shards, slots)
 
 
 class ArraySplit:

@@ -14,6 +14,7 @@ import numpy as np
 
 from input_pipelines import bars, batching, sources, trees
 from input_pipelines.errors import DataError
+from input_pipelines.images import eight_bits
 from input_pipelines.labelled_arrays import LabelledArrays
 
 ARCHIVE_ENDINGS = ('.tar', '.tar.gz', '.tgz', '.zip')
@@ -250,7 +251,7 @@ def _decode(path: pathlib.Path, name: str, content: bytes, size: int) -> np.ndar
 
   try:
     with PIL.Image.open(io.BytesIO(content)) as image:
-      upright = _eight_bits(PIL.ImageOps.exif_transpose(image)).convert('RGB')
+      upright = eight_bits(PIL.ImageOps.exif_transpose(image)).convert('RGB')
       if upright.size != (size, size):
         upright = PIL.ImageOps.fit(upright, (size, size))
       return np.asarray(upright)
@@ -263,14 +264,3 @@ def _decode(path: pathlib.Path, name: str, content: bytes, size: int) -> np.ndar
     raise DataError(
       f'{name} in {path} cannot be read as an image ({error}): replace or remove it.'
     ) from error
-
-
-def _eight_bits(image):
-  """An image whose channels have 8 bits; Pillow would cut wider ones off at 255."""
-  import PIL.Image
-
-  if image.mode.startswith('I;16'):
-    return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-  if image.mode in ('I', 'F'):
-    raise ValueError('32 bits a pixel, of no known range')
-  return image

@@ -23,7 +23,7 @@ _LOCK_NAME = '.lock'
 _MAX_INT = 2**31 - 1
 # Raised when a field changes its meaning; older files are brought up to date by `load`.
 FORMAT = 2
-SCHEDULES = ('step', 'cosine', 'constant')
+SCHEDULES = ('step', 'cosine', 'linear', 'constant')
 DTYPES = ('float32', 'bfloat16')
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
@@ -62,7 +62,9 @@ class Config:
   batch_size: int = _field(64, 'examples a step, over all devices together')
   learning_rate: float = _field(0.1, 'peak learning rate')
   schedule: str = _field(
-    'step', 'step (x0.2 at 30, 60, 80 % of the epochs), cosine or constant'
+    'step',
+    'step (x0.2 at 30, 60, 80 % of the epochs), cosine, linear (to a hundredth) or '
+    'constant',
   )
   warmup_epochs: float = _field(0.0, 'epochs of linear warm-up from zero')
   momentum: float = _field(0.9, 'of the base optimizers momentum and nesterov')
@@ -110,6 +112,11 @@ class Config:
     'data sets of up to so many GiB live on each device, larger ones are streamed',
     may_change=True,
   )
+  data_workers: int = _field(
+    0,
+    'processes that decode streamed images, for each process of the run; 0: threads',
+    may_change=True,
+  )
   evaluate_every: int = _field(
     1, 'epochs between evaluations of the test split; the last epoch always is one'
   )
@@ -140,6 +147,7 @@ _NOT_NEGATIVE = (
   'weight_decay',
   'clip_norm',
   'device_data_gib',
+  'data_workers',
   'seed',
   'split_seed',
   'log_every',

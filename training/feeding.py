@@ -51,15 +51,21 @@ class Feed:
   def epoch(self, batches: Batches, epoch: int, start: int = 0) -> Iterator[Batch]:
     """Yields this process's shards of an epoch's batches, from step `start` on."""
     if self._arrays is None:
-      yield from _ahead(self._placed(batches.epoch(epoch, start)))
+      yield from _ahead(self._placed(self._made(batches, epoch, start)))
       return
     for indices in batches.indices(epoch, start):
       yield self._take(self._arrays, self._replicas.local(indices.astype(np.int32)))
 
+  def _made(self, batches: Batches, epoch: int, start: int) -> Iterator[Batch]:
+    """This process's shards, and nothing else where batches can make them alone."""
+    local = self._replicas.local
+    if hasattr(batches, 'local_epoch'):
+      return batches.local_epoch(epoch, start, local)
+    return map(local, batches.epoch(epoch, start))
+
   def _placed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
     for batch in batches:
-      placed = self._replicas.place(self._replicas.local(batch))
-      yield jax.block_until_ready(placed)
+      yield jax.block_until_ready(self._replicas.place(batch))
 
 
 def _ahead(items: Iterator[Any]) -> Iterator[Any]:

@@ -302,16 +302,27 @@ class _Run:
     size = self._config.batch_size // self._config.grad_accum_steps
     batches = feed.split.batches(size, shards=self._replicas.axes)
     variables = (self._state.params, self._state.batch_stats)
-    sums = [self._eval_step(variables, batch) for batch in feed.epoch(batches, 0)]
-    sums = [self._replicas.first(x) for x in sums]
-    totals = jax.tree.map(
-      lambda *x: np.sum(x, axis=0, dtype=np.float64), *(x.pop('totals') for x in sums)
-    )
+    sums, totals, running = [], None, None
+    for batch in feed.epoch(batches, 0):
+      dispatched = self._eval_step(variables, batch)
+      # Read one behind, so that batches and totals do not pile up on the devices.
+      sums, totals = self._summed(sums, totals, running)
+      running = dispatched
+    sums, totals = self._summed(sums, totals, running)
     total = {name: math.fsum(float(x[name]) for x in sums) for name in sums[0]}
     names = ('loss', self._score.name)
     metrics = {name: total[name] / total['examples'] for name in names}
     metrics_lib.check_finite(metrics, self._step)
     return metrics, totals
+
+  def _summed(self, sums: list[Any], totals: Any, running: Any) -> tuple[Any, Any]:
+    """Takes in the sums of one more batch; totals are added up in float64."""
+    if running is None:
+      return sums, totals
+    found = self._replicas.first(running)
+    new = jax.tree.map(lambda x: np.asarray(x, np.float64), found.pop('totals'))
+    totals = new if totals is None else jax.tree.map(np.add, totals, new)
+    return [*sums, found], totals
 
   def _checkpoint_due(self) -> bool:
     """Whether to save at this end of an epoch."""

@@ -17,6 +17,7 @@ from training.sharing import Sharing
 
 _STEP_TENTHS = (3, 6, 8)  # of the epochs
 _STEP_FACTOR = 0.2
+_LINEAR_END = 0.01
 
 # Builders from the learning-rate schedule. Weight decay stands before them, as L2.
 BASES: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -180,17 +181,21 @@ def learning_rate(config: Config, steps_per_epoch: int) -> optax.Schedule:
   """The learning rate as a function of the update count.
 
   'step' multiplies by 0.2 at 30, 60 and 80 % of the epochs (the paper's), 'cosine'
-  falls to zero at the last step. Warm-up rises linearly and shifts nothing: after it
-  the schedule continues where it would have been.
+  falls to zero at the last step, 'linear' from the end of the warm-up to a hundredth.
+  Warm-up rises linearly and shifts nothing else: after it the schedule continues where
+  it would have been.
   """
   total = config.epochs * steps_per_epoch
+  warmup = round(config.warmup_epochs * steps_per_epoch)
   if config.schedule == 'step':
     main = _steps(config, steps_per_epoch)
   elif config.schedule == 'cosine':
     main = optax.cosine_decay_schedule(config.learning_rate, total)
+  elif config.schedule == 'linear':
+    end = _LINEAR_END * config.learning_rate
+    main = optax.linear_schedule(config.learning_rate, end, total - warmup, warmup)
   else:
     main = optax.constant_schedule(config.learning_rate)
-  warmup = round(config.warmup_epochs * steps_per_epoch)
   if not warmup:
     return main
   return lambda count: main(count) * jnp.minimum((count + 1) / warmup, 1.0)

@@ -33,6 +33,18 @@ class Split(Protocol):
   ) -> Batches: ...
 
 
+class LocalBatches(Batches, Protocol):
+  """Batches of which a process can make its own shards alone, as of streamed images.
+
+  ``local`` takes a process's part of an array with the axes of the shards. What comes
+  is the same as if it were taken of each batch of ``epoch``.
+  """
+
+  def local_epoch(
+    self, epoch: int, start: int, local: Callable[[np.ndarray], np.ndarray]
+  ) -> Iterator[Batch]: ...
+
+
 class ResidentSplit(Split, Protocol):
   """A split whose batches are rows of arrays, so that devices can make them.
 

@@ -110,6 +110,27 @@ def test_an_error_in_a_stream_is_raised_where_it_is_read(small):
     list(feed.epoch(batches, 0))
 
 
+def test_where_batches_can_nothing_but_the_processs_own_shards_is_made(small):
+  split = small.split(22)
+  everything = split.batches(8, shards=(4,), seed=5)
+  own = lambda array: array[2:4]
+
+  class Batches:
+    def local_epoch(self, epoch, start, local):
+      for indices in everything.indices(epoch, start):
+        yield everything._collate(local(indices))
+
+  replicas = types.SimpleNamespace(
+    local=lambda tree: jax.tree.map(own, tree), place=jax.device_put
+  )
+  feed = feeding.Feed(split, replicas, resident=False)
+  ours = list(feed.epoch(Batches(), 3, 1))
+  theirs = list(feed.epoch(everything, 3, 1))
+  assert len(ours) == 2 and ours[0]['labels'].shape == (2, 2)
+  for pair in zip(ours, theirs, strict=True):
+    jax.tree.map(np.testing.assert_array_equal, *pair)
+
+
 class _Result:
   """A result of a device that is there, or not yet."""
 

@@ -59,6 +59,15 @@ def test_warmup_is_linear_and_then_the_schedule_itself(schedule):
   np.testing.assert_array_equal(warm[15:], plain[15:])
 
 
+@pytest.mark.parametrize('warmup', [0, 15])
+def test_linear_schedule(warmup):
+  rates = _rates(schedule='linear', epochs=8, warmup_epochs=warmup / _STEPS)
+  steps = np.arange(80)
+  expected = 1 - 0.99 * (steps - warmup) / (80 - warmup)
+  expected[:warmup] = (steps[:warmup] + 1) / warmup if warmup else 1
+  np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
 def _one_update(config, params, gradient):
   tx = optimizers.build(config, _STEPS)
 

@@ -5,7 +5,7 @@ import numpy as np
 from sklearn import metrics
 
 from training import NextToken, SquaredError
-from training.scores import next_token_loss, squared_error
+from training.scores import TopClasses, next_token_loss, squared_error
 
 
 def _totals(scores, outputs, batch, cuts):
@@ -40,7 +40,7 @@ def test_regression_is_that_of_scikit_learn(x64):
 
 
 def test_constant_targets_have_no_r_squared():
-  batch = {'labels': np.ones(3), 'weights': np.ones(3)}
+  batch = {'labels': np.ones(3), 'weights': np.ones(3, np.float32)}
   scores = SquaredError()
   found = scores.summarize(_totals(scores, np.zeros(3), batch, []))
   assert found == {'root_mean_squared_error': 1.0, 'r_squared': None}
@@ -68,3 +68,32 @@ def test_next_tokens(x64):
   np.testing.assert_allclose(scores.of_examples(logits, batch), right)
   found = scores.summarize(_totals(scores, logits, batch, [2]))
   np.testing.assert_allclose(found['perplexity'], np.exp(each[:3].mean()))
+
+
+def test_the_first_of_many_classes_are_those_of_scikit_learn():
+  rng = np.random.default_rng(0)
+  logits, labels = rng.normal(size=(60, 30)), rng.integers(0, 29, 60)
+  logits[:20] += 2 * np.eye(30)[labels[:20]]
+  weights = np.array([1.0] * 50 + [0.0] * 10, np.float32)
+  batch, real = {'labels': labels, 'weights': weights}, slice(0, 50)
+  scores = TopClasses(30)
+  found = scores.summarize(_totals(scores, logits, batch, [7, 30]))
+  expected = metrics.top_k_accuracy_score(
+    labels[real], logits[real], k=5, labels=range(30)
+  )
+  np.testing.assert_allclose(found['top_5_accuracy'], expected)
+  predicted = logits[real].argmax(1)
+  balanced = np.mean(
+    [(predicted == c)[labels[real] == c].mean() for c in set(labels[real])]
+  )
+  np.testing.assert_allclose(found['balanced_accuracy'], balanced)
+  assert found['recalls']['29'] is None and len(found['recalls']) == 30
+  right = np.asarray(scores.of_examples(logits, batch))
+  np.testing.assert_array_equal(right[real], predicted == labels[real])
+
+
+def test_of_equal_logits_the_first_class_is_taken():
+  batch = {'labels': np.array([0, 4, 5]), 'weights': np.ones(3, np.float32)}
+  totals = TopClasses(9).totals(jnp.zeros((3, 9)), batch)
+  assert totals['right'].tolist() == [1] + [0] * 8
+  assert totals['among_first'].tolist() == [1, 0, 0, 0, 1, 0, 0, 0, 0]

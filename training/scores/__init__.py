@@ -7,3 +7,4 @@ from training.scores.language import NextToken as NextToken
 from training.scores.language import next_token_loss as next_token_loss
 from training.scores.regression import SquaredError as SquaredError
 from training.scores.regression import squared_error as squared_error
+from training.scores.top_classes import TopClasses as TopClasses
