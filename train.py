@@ -36,6 +36,7 @@ from training import (
   metrics,
   optimizers,
   parallel,
+  peers,
   summary,
   sweep,
 )
@@ -268,4 +269,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  sys.exit(cli.run(main, sys.argv, errors=(DataError,)))
+  sys.exit(peers.together(cli.run, main, sys.argv, errors=(DataError,)))
