@@ -18,13 +18,12 @@ import contextlib
 import json
 import multiprocessing
 import os
-import pathlib
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -39,7 +38,9 @@ _GRACE = 5
 _LONGEST_MESSAGE = 4096
 
 
-def together(run: Callable[..., int], *args: Any, **kwargs: Any) -> int:
+def together(
+  run: Callable[..., int], main: Any, argv: Sequence[str], **kwargs: Any
+) -> int:
   """Runs a script so that all processes of a run end together.
 
   A process that has joined others (`watch`) ends with an error at once, without
@@ -48,15 +49,18 @@ def together(run: Callable[..., int], *args: Any, **kwargs: Any) -> int:
 
   Args:
     run: `training.cli.run`.
-    *args: for it.
+    main: for it.
+    argv: for it.
     **kwargs: for it.
 
   Returns:
     The exit code.
   """
+  global _script
+  _script = argv[0].rsplit('/', 1)[-1]
   agreed = False
   try:
-    code = run(*args, **kwargs)
+    code = run(main, argv, **kwargs)
     agreed = code == 0
   except SystemExit as stopped:  # As all do that were told to stop.
     if _joined is None:
@@ -269,7 +273,7 @@ class _Peers:
       how = f'with exit code {code}, and has said why'
     with self._ending:
       print(
-        f'{pathlib.Path(sys.argv[0]).name}: process {process} of this run has ended '
+        f'{_script}: process {process} of this run has ended '
         f'{how}, so this one ends with exit code {EXIT_CODE}: the same commands go on '
         'from the last checkpoint.',
         file=sys.stderr,
@@ -278,6 +282,7 @@ class _Peers:
 
 
 _joined: _Peers | None = None
+_script = ''
 
 
 def _exit(code: int) -> NoReturn:

@@ -76,6 +76,7 @@ class Gate:
       if self._wrong:
         for line in self._lines.values():
           line.send(refused=self._wrong)
+        self._server.close()
         raise UsageError(self._wrong)
       return dict(self._lines)
 
@@ -86,9 +87,10 @@ class Gate:
       line.send(go=True)
 
   def _accept(self) -> None:
-    while True:
-      connection, _ = self._server.accept()
-      start(self._take, Line(connection))
+    with contextlib.suppress(OSError):  # It was closed.
+      while True:
+        connection, _ = self._server.accept()
+        start(self._take, Line(connection))
 
   def _take(self, line: Line) -> None:
     """Takes a connection by what it says first; drops one that says something else."""
@@ -96,9 +98,10 @@ class Gate:
     with contextlib.suppress(TimeoutError):
       hello = line.receive(_ANSWER)
     if hello and 'tunnel' in hello and self._service:
-      inner = socket.create_connection((_LOCAL, self._service))
+      # It may be about to listen.
+      service = _connect([_LOCAL], self._service, _ANSWER)
       line.send(go=True)
-      _join(line.socket, inner)
+      _join(line.socket, service)
     elif hello and {'process', 'of'} <= hello.keys():
       self._introduce(line, hello['process'], hello['of'])
     else:
@@ -139,15 +142,16 @@ def visit(
     answer = line.receive(patience + _ANSWER)
   except TimeoutError:
     answer = None
+  if answer and 'go' in answer:
+    return line
+  line.socket.close()
   if answer and 'refused' in answer:
     raise UsageError(answer['refused'])
-  if not answer or 'go' not in answer:
-    raise UsageError(
-      f'--coordinator={hosts[0]}:{port} has closed the connection before all processes '
-      'had come: see what the process with --process_id=0 says, and whether it is what '
-      'listens there.'
-    )
-  return line
+  raise UsageError(
+    f'--coordinator={hosts[0]}:{port} has closed the connection before all processes '
+    'had come: see what the process with --process_id=0 says, and whether it is what '
+    'listens there.'
+  )
 
 
 def entrance(host: str, port: int) -> int:
@@ -155,14 +159,13 @@ def entrance(host: str, port: int) -> int:
   server = socket.create_server((_LOCAL, 0))
 
   def accept():
-    while True:
-      inner, _ = server.accept()
-      line = Line(socket.create_connection((host, port), _ANSWER))
-      line.send(tunnel=True)
-      with contextlib.suppress(TimeoutError):
+    with contextlib.suppress(OSError):  # It was closed, or process 0 is gone.
+      while True:
+        client, _ = server.accept()
+        line = Line(socket.create_connection((host, port), _ANSWER))
+        line.send(tunnel=True)
         if line.receive(_ANSWER):
-          line.socket.settimeout(None)
-          _join(inner, line.socket)
+          _join(client, line.socket)
 
   start(accept)
   return server.getsockname()[1]
@@ -199,7 +202,7 @@ def _connect(hosts: Sequence[str], port: int, patience: float) -> socket.socket:
         f'--coordinator={hosts[0]}:{port} does not answer ({reason}): start the '
         'process with --process_id=0 there, or mend host and port.'
       )
-    time.sleep(min(1, patience / 10))
+    time.sleep(min(0.2, patience / 10))
 
 
 def _join(client: socket.socket, service: socket.socket) -> None:
