@@ -255,6 +255,8 @@ def agree_to_stop(step: int, requested: bool) -> bool:
   del step  # All call this equally often.
   if jax.process_count() == 1:
     return requested
+  if not peers.watched():  # Joined by the caller's own means.
+    return bool(multihost_utils.process_allgather(np.array(requested)).any())
   return peers.agree(requested)
 
 

@@ -85,6 +85,11 @@ def watch(process: int, lines: dict[int, Line]) -> None:
   _joined = _Peers(process, lines)
 
 
+def watched() -> bool:
+  """Whether this process has joined others by `watch`."""
+  return _joined is not None
+
+
 def agree(requested: bool) -> bool:
   """Whether all processes stop at this call, because one has been requested to.
 

@@ -149,3 +149,163 @@ def test_one_that_is_told_to_stop_stops_all_with_a_checkpoint(tmp_path, told, nu
     expected[told] = 128 + number
     assert (job.codes(patience=60), job.errors()) == (expected, ['', ''])
   assert checkpoints.load(workdir).position['step'] > 0
+
+
+# train.py, with a fault after step 3 of process FAULT_AT: an error, or a long sleep.
+_FAULTY = """
+import os, sys, time
+import jax, train
+from training import cli, errors, loop, peers
+
+name, at = os.environ['FAULT'], os.environ['FAULT_AT']
+
+def fault(self, pending):
+  here = at == 'all' or int(at) == jax.process_index()
+  if self._step == 3 and here:
+    if name == 'sleep':
+      time.sleep(600)
+    raise getattr(errors, name)('it is so') if hasattr(errors, name) else KeyError('so')
+  record(self, pending)
+
+def finish(self):
+  done = end(self)
+  if name == 'last' and int(at) == jax.process_index():
+    (self._workdir / 'last').touch()
+    time.sleep(600)
+  return done
+
+record, loop._Run._record = loop._Run._record, fault
+end, loop._Run.finish = loop._Run.finish, finish
+argv = ['train.py', *sys.argv[1:]]
+sys.exit(peers.together(cli.run, train.main, argv))
+"""
+
+
+def _faulty(tmp_path, name, at, *flags, num=2):
+  return _Job(
+    tmp_path,
+    f'--workdir={tmp_path / "run"}',
+    *flags,
+    num=num,
+    script=('-c', _FAULTY),
+    env={'FAULT': name, 'FAULT_AT': str(at)},
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('at', [0, 1])
+@pytest.mark.parametrize('name', ['UsageError', 'bug'])
+def test_an_error_of_one_ends_the_others_who_say_so(tmp_path, name, at):
+  with _faulty(tmp_path, name, at, *_LONG[:2], num=3) as job:
+    code = {'UsageError': 2, 'bug': 1}[name]
+    expected = [code if i == at else peers.EXIT_CODE for i in range(3)]
+    assert job.codes() == expected, job.errors()
+    for i, error in enumerate(job.errors()):
+      if i != at:
+        assert error == _GONE.format(at, f'with exit code {code}, and has said why')
+      elif name == 'UsageError':
+        assert error == 'train.py: it is so\n'
+      else:
+        assert error.startswith('Traceback') and error.endswith("KeyError: 'so'\n")
+
+
+@pytest.mark.slow
+def test_an_error_of_all_is_told_by_each(tmp_path):
+  with _faulty(tmp_path, 'TrainingDiverged', 'all', *_LONG[:2]) as job:
+    assert (job.codes(), job.errors()) == ([2, 2], ['train.py: it is so\n'] * 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('asleep', 'victim'), [(0, 1), (1, 0), (0, 0), (1, 1)])
+def test_a_kill_between_steps_ends_the_other(tmp_path, asleep, victim):
+  """One sleeps, so the other waits in a collective; one of the two is killed."""
+  workdir = tmp_path / 'run'
+  with _faulty(tmp_path, 'sleep', asleep, *_LONG[:2]) as job:
+    job.wait_for((workdir / 'config.json').exists)
+    time.sleep(12)
+    job.processes[victim].kill()
+    assert job.codes(patience=20)[1 - victim] == peers.EXIT_CODE
+    assert job.errors()[1 - victim] == _GONE.format(victim, _KILLED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', [0, 1])
+def test_a_kill_at_the_very_end_ends_the_other(tmp_path, victim):
+  """Process 0 still writes, and process 1 is done and waits for it."""
+  with _faulty(tmp_path, 'last', 0, '--epochs=1') as job:
+    job.wait_for((tmp_path / 'run' / 'last').exists)
+    job.processes[victim].kill()
+    assert job.codes(patience=20)[1 - victim] == peers.EXIT_CODE
+    assert job.errors()[1 - victim] == _GONE.format(victim, _KILLED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', [0, 1])
+def test_one_that_falls_silent_counts_as_gone(tmp_path, victim):
+  """As when its machine or the network is lost: no connection is closed."""
+  workdir = tmp_path / 'run'
+  with _Job(tmp_path, *_LONG, f'--workdir={workdir}') as job:
+    job.wait_for(lambda: _saved(workdir, 3))
+    job.processes[victim].send_signal(signal.SIGSTOP)
+    assert job.processes[1 - victim].wait(60) == peers.EXIT_CODE
+    assert job.errors()[1 - victim] == _GONE.format(victim, _KILLED)
+
+
+_IMPATIENT = """
+import os, sys
+import train
+from training import cli, parallel, peers
+
+parallel._PATIENCE = int(os.environ['PATIENCE'])
+sys.exit(peers.together(cli.run, train.main, ['train.py', *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('own', 'words'),
+  [
+    ([(2, 0), (2, 1), (3, 2)], '--num_processes=3 of --process_id=2 is 2 at'),
+    ([(3, 0), (3, 1), (3, 1)], '--process_id=1 was given to two processes'),
+    ([(2, 0), (3, 1)], '--num_processes=3 of --process_id=1 is 2 at'),
+  ],
+)
+def test_processes_that_do_not_fit_together(tmp_path, own, words):
+  flags = {
+    i: [f'--num_processes={num}', f'--process_id={process}']
+    for i, (num, process) in enumerate(own)
+  }
+  workdir = tmp_path / 'run'
+  job = _Job(
+    tmp_path,
+    '--epochs=1',
+    f'--workdir={workdir}',
+    num=len(own),
+    own=flags,
+    script=('-c', _IMPATIENT),
+    env={'PATIENCE': '20'},
+  )
+  with job:
+    codes = job.codes(patience=90)
+  # The third of two may come late: then the two train, and it alone is refused.
+  assert codes in ([2] * len(own), [0, 0, 2])
+  errors = [error for error in job.errors() if error]
+  assert any(words in error for error in errors)
+  for error in errors:  # One that comes when process 0 has left is told less.
+    assert error.startswith('train.py: ') and error.count('\n') == 1
+    assert re.search(words + '|has closed the connection|does not answer', error)
+
+
+@pytest.mark.slow
+def test_a_taken_port_and_processes_that_never_come(tmp_path):
+  flags = ['--epochs=1', f'--workdir={tmp_path / "run"}']
+  never = ('-c', _IMPATIENT)
+  with _Job(
+    tmp_path, *flags, own={0: ['--num_processes=2']}, num=1, script=never
+  ) as job:
+    assert job.codes(patience=60) == [2]
+    assert 'these did not come within 1 s: --process_id=1.\n' in job.errors()[0]
+  twice = {i: ['--num_processes=2', '--process_id=0'] for i in range(2)}
+  with start(twice) as job:
+    assert job.codes(patience=60) == [2, 2]
+    assert any(re.match('train.py: --coordinator: port', e) for e in job.errors())
