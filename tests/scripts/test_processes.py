@@ -299,10 +299,15 @@ def test_processes_that_do_not_fit_together(tmp_path, own, words):
 @pytest.mark.slow
 def test_a_taken_port_and_processes_that_never_come(tmp_path):
   flags = ['--epochs=1', f'--workdir={tmp_path / "run"}']
-  never = ('-c', _IMPATIENT)
-  with _Job(
-    tmp_path, *flags, own={0: ['--num_processes=2']}, num=1, script=never
-  ) as job:
+  start = lambda own: _Job(
+    tmp_path,
+    *flags,
+    num=len(own),
+    own=own,
+    script=('-c', _IMPATIENT),
+    env={'PATIENCE': '1'},
+  )
+  with start({0: ['--num_processes=2']}) as job:
     assert job.codes(patience=60) == [2]
     assert 'these did not come within 1 s: --process_id=1.\n' in job.errors()[0]
   twice = {i: ['--num_processes=2', '--process_id=0'] for i in range(2)}
