@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -44,6 +46,12 @@ class DataParallel:
     self._devices = devices[: num_devices or len(devices)]
     self._num_local = len(self._devices)
     self.num_replicas = self._num_local * jax.process_count()
+    if self.num_replicas != jax.device_count() and jax.process_count() > 1:
+      raise UsageError(
+        f'--devices={num_devices}: of several processes each takes all its devices, '
+        f'and equally many; this one takes {self._num_local} of {len(devices)}, and '
+        f'all {jax.process_count()} have {jax.device_count()}.'
+      )
     self.axis_name = AXIS if self.num_replicas > 1 else None
     self._sharding = jax.sharding.SingleDeviceSharding(self._devices[0])
     if self.axis_name:
@@ -248,6 +256,37 @@ def broadcast_json(value: Any) -> Any:
   padded[: len(text)] = np.frombuffer(text, np.uint8)
   received = np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes()
   return json.loads(received.rstrip(b'\0'))
+
+
+def check_same(configs: Mapping[str, Any]) -> None:
+  """Checks that all processes are to train the same.
+
+  Args:
+    configs: the configurations of all runs by their folder.
+
+  Raises:
+    UsageError: this process's differ from the primary one's.
+  """
+  fields = {name: dataclasses.asdict(config) for name, config in configs.items()}
+  text = json.dumps(fields)
+  mine = {
+    'first': next(iter(json.loads(text).values())),
+    'all': hashlib.sha256(text.encode()).hexdigest(),
+  }
+  wanted = broadcast_json(mine)
+  if mine == wanted:
+    return
+  first, theirs = mine['first'], wanted['first']
+  differing = [
+    f'{name} is {first[name]!r} here and {theirs.get(name)!r} in process 0'
+    for name in first
+    if first[name] != theirs.get(name)
+  ]
+  raise UsageError(
+    f'--process_id={jax.process_index()} was started with other flags: '
+    f'{"; ".join(differing) or "the runs of its sweep are others"}. Give all processes '
+    'the same.'
+  )
 
 
 def agree_to_stop(step: int, requested: bool) -> bool:

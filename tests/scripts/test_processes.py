@@ -31,7 +31,9 @@ def _free_port():
 class _Job:
   """Processes of one run, each with its stderr in a file."""
 
-  def __init__(self, tmp_path, *flags, num=2, own=None, script=('train.py',), env=None):
+  def __init__(
+    self, tmp_path, *flags, num=2, own=None, script=('train.py',), env=None, envs=None
+  ):
     """Starts them; own[i] are flags of process i, in place of its usual ones."""
     address, own = f'127.0.0.1:{_free_port()}', own or {}
     self._errors = [tmp_path / f'stderr_{i}' for i in range(num)]
@@ -44,8 +46,8 @@ class _Job:
           *script,
           '--notiming',
           f'--coordinator={address}',
-          *own.get(i, [f'--num_processes={num}', f'--process_id={i}']),
           *flags,
+          *own.get(i, [f'--num_processes={num}', f'--process_id={i}']),
         ],
         cwd=_ROOT,
         stdout=subprocess.DEVNULL,
@@ -56,6 +58,7 @@ class _Job:
           'JAX_PLATFORMS': 'cpu',
           'XDG_CACHE_HOME': cache,
           **(env or {}),
+          **(envs[i] if envs else {}),
         },
       )
       for i in range(num)
@@ -314,3 +317,55 @@ def test_a_taken_port_and_processes_that_never_come(tmp_path):
   with start(twice) as job:
     assert job.codes(patience=60) == [2, 2]
     assert any(re.match('train.py: --coordinator: port', e) for e in job.errors())
+
+
+@pytest.mark.slow
+def test_processes_with_other_flags(tmp_path):
+  own = {
+    i: ['--num_processes=2', f'--process_id={i}', f'--rho=.{i + 1}'] for i in range(2)
+  }
+  flags = ['--optimizer=sam', f'--workdir={tmp_path / "run"}']
+  with _Job(tmp_path, *flags, own=own) as job:
+    assert job.codes() == [peers.EXIT_CODE, 2]
+    assert job.errors() == [
+      _GONE.format(1, 'with exit code 2, and has said why'),
+      'train.py: --process_id=1 was started with other flags: rho is 0.2 here and 0.1 '
+      'in process 0. Give all processes the same.\n',
+    ]
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.slow
+def test_processes_with_other_devices(tmp_path):
+  own = {
+    i: ['--num_processes=2', f'--process_id={i}', f'--devices={i + 1}']
+    for i in range(2)
+  }
+  two = {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+  with _Job(tmp_path, f'--workdir={tmp_path / "run"}', own=own, env=two) as job:
+    codes, (first, _) = job.codes(), job.errors()
+    assert codes[0] == 2 and codes[1] in (2, peers.EXIT_CODE)
+    assert first == (
+      'train.py: --devices=1: of several processes each takes all its devices, and '
+      'equally many; this one takes 1 of 2, and all 2 have 4.\n'
+    )
+
+
+@pytest.mark.slow
+def test_a_cluster_of_two_on_this_machine(tmp_path):
+  """With what Slurm would set; process 0 is not behind a tunnel there."""
+  workdir = tmp_path / 'run'
+  ids = {i: ['--coordinator=cluster'] for i in range(2)}
+  slurm = {
+    'SLURM_JOB_ID': str(os.getpid()),
+    'SLURM_STEP_NODELIST': 'localhost',
+    'SLURM_NTASKS': '2',
+  }
+  envs = [{'SLURM_PROCID': str(i), 'SLURM_LOCALID': str(i)} for i in range(2)]
+  with _Job(
+    tmp_path, *_LONG, f'--workdir={workdir}', own=ids, env=slurm, envs=envs
+  ) as job:
+    job.wait_for(lambda: _saved(workdir, 3))
+    job.processes[1].kill()
+    assert job.codes(patience=20)[0] == peers.EXIT_CODE
+    assert job.errors()[0] == _GONE.format(1, _KILLED)
