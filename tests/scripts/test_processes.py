@@ -164,7 +164,7 @@ name, at = os.environ['FAULT'], os.environ['FAULT_AT']
 
 def fault(self, pending):
   here = at == 'all' or int(at) == jax.process_index()
-  if self._step == 3 and here:
+  if self._step == 3 and here and name != 'last':
     if name == 'sleep':
       time.sleep(600)
     raise getattr(errors, name)('it is so') if hasattr(errors, name) else KeyError('so')
@@ -369,3 +369,19 @@ def test_a_cluster_of_two_on_this_machine(tmp_path):
     job.processes[1].kill()
     assert job.codes(patience=20)[0] == peers.EXIT_CODE
     assert job.errors()[0] == _GONE.format(1, _KILLED)
+
+
+@pytest.mark.slow
+def test_only_the_first_process_reads_and_writes(tmp_path):
+  """The others need not see the workdir, at the start, on going on, or at the end."""
+  folders = [tmp_path / 'first', tmp_path / 'second']
+  own = {
+    i: ['--num_processes=2', f'--process_id={i}', f'--workdir={folder}']
+    for i, folder in enumerate(folders)
+  }
+  flags = ['--schedule=constant', '--optimizer=sam']
+  for epochs in (1, 2, 2):
+    with _Job(tmp_path, *flags, f'--epochs={epochs}', own=own) as job:
+      assert (job.codes(), job.errors()) == ([0, 0], ['', ''])
+    assert not folders[1].exists()
+  assert checkpoints.load(folders[0]).position['epoch'] == 2
