@@ -31,7 +31,7 @@ import jax
 # Of a process that ends because another is gone: EX_TEMPFAIL of sysexits.h, try again.
 EXIT_CODE = 75
 # Seconds between two signs of life, and without one after which a process is gone.
-_BEAT, _SILENCE = 3, 30
+_BEAT, _SILENCE = 3, 45
 # Seconds that an error of another process, which all may have in common, leaves this
 # one to end by itself.
 _GRACE = 5
