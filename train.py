@@ -36,6 +36,7 @@ from training import (
   metrics,
   optimizers,
   parallel,
+  peers,
   summary,
   sweep,
 )
@@ -245,6 +246,7 @@ def main(argv: Sequence[str]) -> None:
   if flags.cache:
     compiler.keep_programs()
   parallel.initialize(flags.coordinator, flags.num_processes, flags.process_id)
+  parallel.check_same(points)
   options = {'num_devices': flags.devices, 'timing': flags.timing}
   first = next(iter(points.values()))
   name = config_lib.short(first.optimizer) if len(points) == 1 else 'sweep'
@@ -259,13 +261,14 @@ def main(argv: Sequence[str]) -> None:
   extension.check(first, workdir)
   finished = extension.finished(first, workdir)
   _check_measured(flags, first, workdir, finished=bool(finished))
-  if not finished:
+  # Every process does what the primary one sees, whose folder others may not have.
+  if not parallel.broadcast_json(bool(finished)):
     problem = tasks.build(first)
     measured = _hooks(flags, problem, first)
     finished = loop.train(first, problem, workdir, hooks=measured, **options)
-  if finished:
+  if finished and parallel.is_primary():
     print(f'{summary.describe(finished)}\n  {workdir}/')
 
 
 if __name__ == '__main__':
-  sys.exit(cli.run(main, sys.argv, errors=(DataError,)))
+  sys.exit(peers.together(cli.run, main, sys.argv, errors=(DataError,)))

@@ -81,8 +81,8 @@ def train(
   microbatches.check(problem, shared.microbatches)
   extension.check(config, workdir)
   finished = extension.finished(config, workdir)
-  if finished:
-    return finished
+  if parallel.broadcast_json(bool(finished)):  # All do what the primary one sees.
+    return finished or {}
   newest = max(checkpoints.steps(workdir), default=-1)
   earlier = [line for line in metrics_lib.read(workdir) if line['step'] <= newest]
   for hook in hooks:

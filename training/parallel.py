@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
-import socket
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from training import peers, rendezvous
 from training.errors import UsageError
 
 AXIS = 'batch'
@@ -45,6 +46,12 @@ class DataParallel:
     self._devices = devices[: num_devices or len(devices)]
     self._num_local = len(self._devices)
     self.num_replicas = self._num_local * jax.process_count()
+    if self.num_replicas != jax.device_count() and jax.process_count() > 1:
+      raise UsageError(
+        f'--devices={num_devices}: of several processes each takes all its devices, '
+        f'and equally many; this one takes {self._num_local} of {len(devices)}, and '
+        f'all {jax.process_count()} have {jax.device_count()}.'
+      )
     self.axis_name = AXIS if self.num_replicas > 1 else None
     self._sharding = jax.sharding.SingleDeviceSharding(self._devices[0])
     if self.axis_name:
@@ -153,14 +160,13 @@ def initialize(
   port = coordinator.rpartition(':')[2]
   if coordinator != 'cluster' and not (port.isdecimal() and 0 < int(port) < 1 << 16):
     raise UsageError(f'--coordinator={coordinator}: {port!r} is no port (1 to 65535).')
-  _await(coordinator, num_processes, process_id)
   try:
     if coordinator == 'cluster':
-      jax.distributed.initialize(initialization_timeout=_PATIENCE)
+      _join_cluster()
     else:
-      jax.distributed.initialize(
-        coordinator, num_processes, process_id, initialization_timeout=_PATIENCE
-      )
+      _join_processes(coordinator, num_processes, process_id)
+  except UsageError:
+    raise
   except (ValueError, RuntimeError) as error:
     raise UsageError(
       f'--coordinator={coordinator} --num_processes={num_processes} '
@@ -168,36 +174,51 @@ def initialize(
     ) from error
 
 
-def _await(coordinator: str, num_processes: int, process_id: int) -> None:
-  """Waits until the first process listens: jax would end the process, not raise.
-
-  Raises:
-    UsageError: it does not in time.
-  """
-  if coordinator == 'cluster':
-    _say(f'waiting up to {_PATIENCE} s for the processes of the cluster')
-    return
+def _join_processes(coordinator: str, num_processes: int, process_id: int) -> None:
+  """Waits for the others; then JAX is told of each other's ends of a tunnel."""
+  host, _, port = coordinator.rpartition(':')
+  host = host.strip('[]')
   if process_id == 0:
     _say(
       f'waiting up to {_PATIENCE} s for the {num_processes - 1} other process(es) of '
       f'--num_processes={num_processes} to come to {coordinator}'
     )
-    return
-  host, _, port = coordinator.rpartition(':')
-  _say(f'waiting up to {_PATIENCE} s for --coordinator={coordinator} to answer')
-  end = time.monotonic() + _PATIENCE
-  while True:
-    try:
-      left = max(end - time.monotonic(), 0.1)
-      socket.create_connection((host.strip('[]'), int(port)), left).close()
-      return
-    except OSError as error:
-      if time.monotonic() >= end:
-        raise UsageError(
-          f'--coordinator={coordinator} does not answer ({error}): start the process '
-          'with --process_id=0 there, or mend host and port.'
-        ) from error
-    time.sleep(min(1, _PATIENCE / 10))
+    gate = rendezvous.Gate(int(port), num_processes)
+    lines = gate.lines(_PATIENCE)
+    service = rendezvous.free_port()
+    gate.tunnel(service)
+  else:
+    _say(f'waiting up to {_PATIENCE} s for --coordinator={coordinator} to answer')
+    line = rendezvous.visit(
+      [host], int(port), process_id, num_processes, patience=_PATIENCE
+    )
+    lines, service = {0: line}, rendezvous.entrance(host, int(port))
+  jax.config.update('jax_enable_preemption_service', False)  # `peers.agree` does it.
+  peers.watch(process_id, lines)
+  address = f'127.0.0.1:{service}'
+  jax.distributed.initialize(
+    address,
+    num_processes,
+    process_id,
+    initialization_timeout=_PATIENCE,
+    coordinator_bind_address=address,
+  )
+
+
+def _join_cluster() -> None:
+  """Lets JAX ask the cluster; then the others are told where process 0 listens."""
+  _say(f'waiting up to {_PATIENCE} s for the processes of the cluster')
+  jax.config.update('jax_enable_preemption_service', False)
+  jax.distributed.initialize(initialization_timeout=_PATIENCE)
+  count, process = jax.process_count(), jax.process_index()
+  gate = rendezvous.Gate(0, count) if process == 0 else None
+  place = broadcast_json([rendezvous.addresses(), gate.port] if gate else None)
+  if gate:
+    lines = gate.lines(_PATIENCE)
+    gate.tunnel(0)
+  else:
+    lines = {0: rendezvous.visit(*place, process, count, patience=_PATIENCE)}
+  peers.watch(process, lines)
 
 
 def _say(message: str) -> None:
@@ -237,11 +258,45 @@ def broadcast_json(value: Any) -> Any:
   return json.loads(received.rstrip(b'\0'))
 
 
+def check_same(configs: Mapping[str, Any]) -> None:
+  """Checks that all processes are to train the same.
+
+  Args:
+    configs: the configurations of all runs by their folder.
+
+  Raises:
+    UsageError: this process's differ from the primary one's.
+  """
+  fields = {name: dataclasses.asdict(config) for name, config in configs.items()}
+  text = json.dumps(fields)
+  mine = {
+    'first': next(iter(json.loads(text).values())),
+    'all': hashlib.sha256(text.encode()).hexdigest(),
+  }
+  wanted = broadcast_json(mine)
+  if mine == wanted:
+    return
+  first, theirs = mine['first'], wanted['first']
+  differing = [
+    f'{name} is {first[name]!r} here and {theirs.get(name)!r} in process 0'
+    for name in first
+    if first[name] != theirs.get(name)
+  ]
+  raise UsageError(
+    f'--process_id={jax.process_index()} was started with other flags: '
+    f'{"; ".join(differing) or "the runs of its sweep are others"}. Give all processes '
+    'the same.'
+  )
+
+
 def agree_to_stop(step: int, requested: bool) -> bool:
   """Whether all processes stop after this step; several agree on one step."""
+  del step  # All call this equally often.
   if jax.process_count() == 1:
     return requested
-  return multihost_utils.reached_preemption_sync_point(step)
+  if not peers.watched():  # Joined by the caller's own means.
+    return bool(multihost_utils.process_allgather(np.array(requested)).any())
+  return peers.agree(requested)
 
 
 def _is_key(leaf: Any) -> bool:
