@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from training.problem import Batch, Score
+from training.scores import calibration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,16 @@ class TopClasses:
     return correct.astype(batch['weights'].dtype)
 
   def totals(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-    """By class (C,): total weight, that recognised, and that among the first few."""
+    """Sums by class, (C,), and those of the calibration.
+
+    Args:
+      outputs: float (B, C), logits.
+      batch: int 'labels' (B,) and 'weights' (B,).
+
+    Returns:
+      `examples`, total weight, `right`, that recognised, `among_first`, that among the
+      first few, and what `calibration.totals` gives.
+    """
     labels, weights = batch['labels'], batch['weights']
     own = jnp.take_along_axis(outputs, labels[:, None], axis=-1)
     # A class of an equal logit and a smaller number comes first, as with argmax.
@@ -43,7 +53,7 @@ class TopClasses:
     before = (outputs > own) | ((outputs == own) & (number < labels[:, None]))
     place = jnp.sum(before, axis=-1)
     nothing = jnp.zeros(self.num_classes, weights.dtype)
-    return {
+    by_class = {
       name: nothing.at[labels].add(weights * (place < limit))
       for name, limit in (
         ('examples', self.num_classes),
@@ -51,9 +61,10 @@ class TopClasses:
         ('among_first', self.first),
       )
     }
+    return {**by_class, **calibration.totals(outputs, batch)}
 
   def summarize(self, totals: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Accuracy among the first few, the mean recall, and the recall of each class."""
+    """Accuracy among the first few, recalls, their mean, and the calibration."""
     examples, right = totals['examples'], totals['right']
     recalls = [
       float(r / n) if n else None for r, n in zip(right, examples, strict=True)
@@ -65,6 +76,7 @@ class TopClasses:
       f'top_{self.first}_accuracy': float(totals['among_first'].sum()) / total,
       'balanced_accuracy': sum(known) / len(known),
       'recalls': dict(zip(names, recalls, strict=True)),
+      'calibration': calibration.summarize(totals),
     }
 
   def describe(self, found: dict[str, Any]) -> str:
