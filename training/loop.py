@@ -22,6 +22,7 @@ from training import (
   curves,
   extension,
   feeding,
+  meshes,
   microbatches,
   optimizers,
   parallel,
@@ -47,6 +48,7 @@ def train(
   workdir: str | os.PathLike[str],
   *,
   num_devices: int = 0,
+  mesh: str | None = None,
   timing: bool = True,
   hooks: Sequence[Hook] = (),
 ) -> dict[str, Any]:
@@ -61,6 +63,8 @@ def train(
     problem: model, data, loss and scores.
     workdir: folder of the run's files; made if needed.
     num_devices: devices of this process to use; 0 uses all.
+    mesh: splits parameters and batches over all devices, as ``data:4,fsdp:2``; by
+      default every device is a replica.
     timing: False leaves the clock's fields out of `metrics.jsonl`.
     hooks: what is measured during training, on the primary process.
 
@@ -76,8 +80,9 @@ def train(
   workdir = pathlib.Path(workdir)
   config_lib.validate(config)
   optimizers.validate(config)
-  replicas = parallel.DataParallel(num_devices)
+  replicas = meshes.of(mesh, num_devices)
   shared = sharing.of(config, replicas.num_replicas)
+  replicas.check(config, shared, problem)
   microbatches.check(problem, shared.microbatches)
   extension.check(config, workdir)
   finished = extension.finished(config, workdir)
@@ -101,7 +106,7 @@ class _Run:
     config: Config,
     problem: Problem,
     workdir: pathlib.Path,
-    replicas: parallel.DataParallel,
+    replicas: parallel.DataParallel | meshes.MeshParallel,
     shared: sharing.Sharing,
     timing: bool,
     hooks: Sequence[Hook],
@@ -115,7 +120,7 @@ class _Run:
     stepper = step.Stepper(
       problem, config, self._steps_per_epoch, shared, replicas.axis_name
     )
-    state = jax.jit(stepper.init)(config.seed)
+    state = replicas.make(stepper.init, config.seed)
     if config.init_from:
       state = state._replace(params=_other_params(config.init_from, problem))
     self._num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
@@ -191,8 +196,7 @@ class _Run:
     self._means = metrics_lib.EpochMeans(position['means'])
     self._seconds_before = position.get('seconds', 0.0)
     self._stopwatch = feeding.Stopwatch(*position.get('input_wait', ()))
-    state = self._replicas.replicate(parallel.broadcast(state))
-    self._state = self._replicas.place(state)
+    self._state = self._replicas.spread(parallel.broadcast(state))
 
   def train(self, stop: _Stop) -> bool:
     """Runs the epochs that are left; False if it was told to stop."""
@@ -362,8 +366,7 @@ class _Run:
       'num_test_examples': problem.test.num_examples,
       'wall_time_seconds': self._seconds(),
       'input_wait_share': self._stopwatch.share,
-      'device': self._replicas.device_kind,
-      'num_replicas': self._replicas.num_replicas,
+      **self._replicas.facts,
       'test_scores': found,
       'test_scores_text': scores.describe(found),
     }

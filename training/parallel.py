@@ -1,4 +1,4 @@
-"""The only module that maps a step over devices."""
+"""Maps a step over replicas, one a device; `training.meshes` over a mesh."""
 
 from __future__ import annotations
 
@@ -61,6 +61,26 @@ class DataParallel:
   def device_kind(self) -> str:
     """What the devices call themselves."""
     return self._devices[0].device_kind
+
+  @property
+  def facts(self) -> dict[str, Any]:
+    """What the summary of a run tells of its devices."""
+    return {'device': self.device_kind, 'num_replicas': self.num_replicas}
+
+  def check(self, config: Any, shared: Any, problem: Any) -> None:
+    """Checks nothing: what does not fit replicas, `sharing.of` refuses."""
+
+  def make(self, init: Callable[..., Any], *args: Any) -> Any:
+    """Calls what makes a state, on one device."""
+    return jax.jit(init)(*args)
+
+  def spread(self, state: Any) -> Any:
+    """Brings a state from the host to the devices, a copy to each."""
+    return self.place(self.replicate(state))
+
+  def copy(self, arrays: Any) -> Any:
+    """Brings arrays to every device, whole."""
+    return self.place(self.replicate(arrays))
 
   def map(
     self, step: Callable[..., Any], *, donate: bool = False
