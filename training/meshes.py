@@ -223,7 +223,7 @@ def parse(text: str) -> dict[str, int]:
   sizes = {}
   for entry in text.split(','):
     name, _, size = entry.partition(':')
-    if not (size.isascii() and size.isdecimal() and 0 < int(size[:9])):
+    if not (size.isascii() and size.isdecimal() and len(size) < 10 and int(size)):
       raise UsageError(
         f'--mesh={text}: {entry!r} is no axis with its size; give them as {_EXAMPLE}.'
       )
