@@ -23,7 +23,6 @@ from training import (
   extension,
   feeding,
   meshes,
-  microbatches,
   optimizers,
   parallel,
   sharing,
@@ -80,10 +79,7 @@ def train(
   workdir = pathlib.Path(workdir)
   config_lib.validate(config)
   optimizers.validate(config)
-  replicas = meshes.of(mesh, num_devices)
-  shared = sharing.of(config, replicas.num_replicas)
-  replicas.check(config, shared, problem)
-  microbatches.check(problem, shared.microbatches)
+  replicas, shared = meshes.fit(config, problem, num_devices, mesh)
   extension.check(config, workdir)
   finished = extension.finished(config, workdir)
   if finished:

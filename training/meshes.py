@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from training import microbatches, sharing
 from training.config import Config
 from training.errors import UsageError
 from training.parallel import DataParallel
@@ -255,3 +256,18 @@ def of(mesh: str | None, num_devices: int = 0) -> DataParallel | MeshParallel:
       f'--mesh={mesh} takes all devices: leave out --devices={num_devices}.'
     )
   return MeshParallel(mesh)
+
+
+def fit(
+  config: Config, problem: Problem, num_devices: int = 0, mesh: str | None = None
+) -> tuple[DataParallel | MeshParallel, Sharing]:
+  """Finds what maps a run's steps, and who perturbs with whom; see `loop.train`.
+
+  Raises:
+    UsageError: the batches cannot be dealt out to the devices.
+  """
+  replicas = of(mesh, num_devices)
+  shared = sharing.of(config, replicas.num_replicas)
+  replicas.check(config, shared, problem)
+  microbatches.check(problem, shared.microbatches)
+  return replicas, shared
