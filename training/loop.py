@@ -79,7 +79,7 @@ def train(
   workdir = pathlib.Path(workdir)
   config_lib.validate(config)
   optimizers.validate(config)
-  replicas, shared = meshes.fit(config, problem, num_devices, mesh)
+  replicas, shared = meshes.fit(config, problem, num_devices, mesh, hooks)
   extension.check(config, workdir)
   finished = extension.finished(config, workdir)
   if finished:
@@ -186,13 +186,13 @@ class _Run:
       hooks = position.get('hook_seconds', {}) if position else {}
       self._hooks.restore(newest.arrays if newest else {}, hooks)
     position = parallel.broadcast_json(position)
+    self._state = self._replicas.spread(state, restored=bool(position))
     position = position or {'step': 0, 'epoch': 0, 'start': 0, 'means': None}
     self._step, self._epoch = position['step'], position['epoch']
     self._start = position['start']
     self._means = metrics_lib.EpochMeans(position['means'])
     self._seconds_before = position.get('seconds', 0.0)
     self._stopwatch = feeding.Stopwatch(*position.get('input_wait', ()))
-    self._state = self._replicas.spread(parallel.broadcast(state))
 
   def train(self, stop: _Stop) -> bool:
     """Runs the epochs that are left; False if it was told to stop."""
@@ -318,10 +318,12 @@ class _Run:
     every = self._config.checkpoint_every
     if every:
       return self._step % every == 0
-    return time.monotonic() >= self._next_save
+    return parallel.broadcast_json(time.monotonic() >= self._next_save)
 
   def _save(self) -> None:
     """Stores the state and the position, after the metrics that lead up to it."""
+    before = time.monotonic()
+    state = self._replicas.first(self._state)  # All processes take part.
     if not self._checkpoints:
       return
     self._metrics.flush()
@@ -334,10 +336,7 @@ class _Run:
       'input_wait': [self._stopwatch.waited, self._stopwatch.total],
       'hook_seconds': self._hooks.seconds,
     }
-    before = time.monotonic()
-    self._checkpoints.save(
-      self._replicas.first(self._state), position, self._hooks.arrays()
-    )
+    self._checkpoints.save(state, position, self._hooks.arrays())
     after = time.monotonic()
     self._next_save = after + (after - before) / _SAVING_SHARE
 

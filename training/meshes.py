@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from training import microbatches, sharing
+from training import microbatches, parallel, sharing
 from training.config import Config
 from training.errors import UsageError
 from training.parallel import DataParallel
@@ -46,7 +47,7 @@ class MeshParallel:
   axes = ()
 
   def __init__(self, text: str):
-    """Takes all devices.
+    """Takes all devices, of all processes.
 
     Args:
       text: the axes and their sizes, as ``data:4,fsdp:2``.
@@ -56,11 +57,6 @@ class MeshParallel:
     """
     sizes = parse(text)
     devices, wanted = jax.devices(), math.prod(sizes.values())
-    if jax.process_count() > 1:
-      raise UsageError(
-        f'--mesh={text} is for one process, and there are {jax.process_count()}: leave '
-        'it out, or start one process with all devices.'
-      )
     if wanted != len(devices):
       raise UsageError(
         f'--mesh={text} is of {wanted} devices, and there are {len(devices)} '
@@ -82,14 +78,23 @@ class MeshParallel:
     """What the summary of a run tells of its devices."""
     return {'device': self.device_kind, 'num_replicas': 1, 'mesh': self._text}
 
-  def check(self, config: Config, shared: Sharing, problem: Problem) -> None:
+  def check(
+    self, config: Config, shared: Sharing, problem: Problem, hooks: Sequence[Any] = ()
+  ) -> None:
     """Checks that what a step takes at once can be split over all devices.
 
     Graphs that are packed into one array cannot, and are whole on every device.
 
     Raises:
-      UsageError: a batch, a group of it or a microbatch is not a multiple of them.
+      UsageError: a batch, a group of it or a microbatch is not a multiple of them, or
+        hooks are to measure what several processes hold.
     """
+    if hooks and jax.process_count() > 1:
+      raise UsageError(
+        f'--mesh={self._text} over {jax.process_count()} processes does not go with '
+        '--measure and --track, which need the whole network in one: leave them out, '
+        'and measure the checkpoints with eval_hessian.py.'
+      )
     inputs = jax.tree.leaves(problem.example_inputs)
     if len({np.shape(leaf)[:1] for leaf in inputs}) > 1:
       return
@@ -130,20 +135,27 @@ class MeshParallel:
     out_shardings = self.shardings(jax.eval_shape(init, *args))
     return jax.jit(init, out_shardings=out_shardings)(*args)
 
-  def spread(self, state: Any) -> Any:
-    """Brings a state from the host to the devices, each array to those it is for."""
-    return jax.device_put(state, self.shardings(state))
+  def spread(self, state: Any, *, restored: bool = False) -> Any:
+    """Brings a state to the devices, each array to those it is for.
+
+    Args:
+      state: of the host, or of `make`.
+      restored: whether it is that of the primary process, who alone reads files.
+    """
+    state = parallel.broadcast(state) if restored else state
+    return jax.tree.map(_put, state, self.shardings(state))
 
   def copy(self, arrays: Any) -> Any:
     """Brings arrays to every device, whole."""
-    return jax.device_put(arrays, self._whole)
+    return jax.tree.map(lambda leaf: _put(leaf, self._whole), arrays)
 
   def place(self, batch: Any) -> Any:
     """Brings a batch to the devices, its examples split over them."""
-    return jax.device_put(batch, self._rows(batch))
+    sharding = self._rows(batch)
+    return jax.tree.map(lambda leaf: _put(leaf, sharding), batch)
 
   def local(self, batch: Any) -> Any:
-    """The part of a global batch that belongs to this process."""
+    """What a process needs of a global batch: all, of which `place` takes its part."""
     return batch
 
   def map(
@@ -166,17 +178,23 @@ class MeshParallel:
         return lay(state, self.shardings(state)), lay(metrics, self._whole)
       return lay(found, self._rows(found) if _is_batch(found) else self._whole)
 
-    return jax.jit(on_mesh, donate_argnums=(0,) if donate else ())
+    compiled = jax.jit(on_mesh, donate_argnums=(0,) if donate else ())
+    if donate or jax.process_count() == 1 or jax.default_backend() != 'cpu':
+      return compiled
+    # Many programs at once, none of which waits for another, exhaust the threads in
+    # which CPU devices wait for those of other processes, and the run hangs.
+    return lambda *args: jax.block_until_ready(compiled(*args))
 
   def first(self, tree: Any) -> Any:
-    """The whole arrays in NumPy, keys as typed keys."""
+    """The whole arrays in NumPy, keys as typed keys; all processes take part."""
 
     def take(leaf):
       if leaf.is_fully_replicated:
         data = leaf.addressable_shards[0].data
-        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return data if is_key else np.asarray(data)
-      return np.asarray(leaf)
+        return data if parallel.is_key(data) else np.asarray(data)
+      if leaf.is_fully_addressable:
+        return np.asarray(leaf)
+      return multihost_utils.process_allgather(leaf, tiled=True)
 
     return jax.tree.map(take, tree)
 
@@ -206,6 +224,19 @@ class MeshParallel:
     )
     spec = PartitionSpec(*[None] * axis, tuple(choices[most]))
     return NamedSharding(self.mesh, spec)
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+  """Brings an array that every process has to the devices, without communication."""
+  if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+    return leaf
+  if sharding.is_fully_addressable:
+    return jax.device_put(leaf, sharding)
+  if parallel.is_key(leaf):
+    data = _put(jax.random.key_data(leaf), sharding)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+  leaf = np.asarray(leaf)
+  return jax.make_array_from_callback(leaf.shape, sharding, lambda at: leaf[at])
 
 
 def _is_batch(tree: Any) -> bool:
@@ -259,7 +290,11 @@ def of(mesh: str | None, num_devices: int = 0) -> DataParallel | MeshParallel:
 
 
 def fit(
-  config: Config, problem: Problem, num_devices: int = 0, mesh: str | None = None
+  config: Config,
+  problem: Problem,
+  num_devices: int = 0,
+  mesh: str | None = None,
+  hooks: Sequence[Any] = (),
 ) -> tuple[DataParallel | MeshParallel, Sharing]:
   """Finds what maps a run's steps, and who perturbs with whom; see `loop.train`.
 
@@ -268,6 +303,6 @@ def fit(
   """
   replicas = of(mesh, num_devices)
   shared = sharing.of(config, replicas.num_replicas)
-  replicas.check(config, shared, problem)
+  replicas.check(config, shared, problem, hooks)
   microbatches.check(problem, shared.microbatches)
   return replicas, shared

@@ -2,7 +2,12 @@
 
 import functools
 import json
+import os
+import pathlib
 import shutil
+import socket
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -57,6 +62,11 @@ def problem(small):
 
 def run(problem, workdir, **devices):
   loop.train(config_of(), problem, workdir, timing=False, **devices)
+  return result(workdir)
+
+
+def result(workdir):
+  """The arrays of a run's last checkpoint, and its lines."""
   return checkpoints.load(workdir).arrays, metrics.read(workdir)
 
 
@@ -204,10 +214,54 @@ def test_a_mesh_that_does_not_fit_is_one_sentence(
   assert not list(tmp_path.iterdir())
 
 
-def test_several_processes_are_refused(monkeypatch):
+def test_hooks_and_several_processes_are_refused(problem, monkeypatch):
+  """They need the whole network in one process."""
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  with pytest.raises(UsageError, match='--mesh=data:8 is for one process'):
-    meshes.MeshParallel('data:8')
+  with pytest.raises(UsageError, match='over 2 processes does not go with --measure'):
+    meshes.fit(config_of(), problem, 0, _MESH, [_Norm()])
+  meshes.fit(config_of(), problem, 0, _MESH)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_a_run_of_one_device(tmp_path, monkeypatch, capsys):
+  """On one mesh of both: the checkpoint comes from the first, who alone writes."""
+  flags = ['--nocache', '--notiming', '--batch_size=256', '--epochs=3', '--rho=.1']
+  flags += ['--optimizer=sam', '--log_every=1', '--checkpoint_every=1']
+  one = ['train.py', '--devices=1', *flags]
+  assert cli.run(train.main, [*one, f'--workdir={tmp_path}/one']) == 0
+  with monkeypatch.context() as patch:
+    patch.setattr(parallel, 'agree_to_stop', lambda step, asked: step == 7)
+    with pytest.raises(SystemExit):
+      train.main([*one, f'--workdir={tmp_path}/two'])
+  capsys.readouterr()
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{free.getsockname()[1]}'
+  script = pathlib.Path(train.__file__)
+  command = [sys.executable, script, *flags, '--mesh=data:2,fsdp:2']
+  command += [f'--coordinator={address}', '--num_processes=2']
+  device_flags = os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=2')
+  processes = [
+    subprocess.Popen(
+      [*command, f'--process_id={i}', f'--workdir={tmp_path}/{folder}'],
+      env={**os.environ, 'XLA_FLAGS': device_flags},
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i, folder in enumerate(['two', 'unused'])
+  ]
+  try:
+    for process in processes:
+      _, error = process.communicate(timeout=240)
+      assert process.returncode == 0, error
+  finally:
+    for process in processes:
+      process.kill()
+      process.communicate()
+  assert not (tmp_path / 'unused').exists()
+  assert_same_run(*(result(tmp_path / name) for name in ('two', 'one')), 1e-4)
+  assert json.loads((tmp_path / 'two' / 'summary.json').read_text())['steps'] == 15
 
 
 def test_help_tells_of_the_mesh(capsys):
