@@ -32,6 +32,7 @@ from training import (
   extension,
   hooks,
   loop,
+  meshes,
   methods,
   metrics,
   optimizers,
@@ -105,6 +106,12 @@ def _define_flags(task: str, names: Sequence[str]) -> cli.Flags:
   flags.define('timing', 'bool', 'write clock times into metrics.jsonl', True)
   flags.define('cache', 'bool', 'keep compiled programs in ~/.cache/sam_jax', True)
   flags.define('devices', 'int', 'devices of this process to use; 0: all', 0)
+  flags.define(
+    'mesh',
+    'str',
+    'splits the parameters over the devices of fsdp, and the batch over all, as '
+    'data:4,fsdp:2; unset, every device has all parameters',
+  )
   flags.define(
     'coordinator',
     'str',
@@ -242,12 +249,18 @@ def main(argv: Sequence[str]) -> None:
   points = _points(flags, given, swept, task)
   if flags['workdir'].present and not flags.workdir:
     raise UsageError('--workdir= is empty: give a folder.')
+  if flags.mesh is not None:
+    meshes.parse(flags.mesh)
   compiler.use_all_cores()
   if flags.cache:
     compiler.keep_programs()
   parallel.initialize(flags.coordinator, flags.num_processes, flags.process_id)
   parallel.check_same(points)
-  options = {'num_devices': flags.devices, 'timing': flags.timing}
+  options = {
+    'num_devices': flags.devices,
+    'mesh': flags.mesh,
+    'timing': flags.timing,
+  }
   first = next(iter(points.values()))
   name = config_lib.short(first.optimizer) if len(points) == 1 else 'sweep'
   workdir = pathlib.Path(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from training.meshes import MeshParallel
 from training.parallel import DataParallel
 from training.problem import Batch, Batches, Split
 
@@ -39,13 +40,15 @@ class Feed:
     split: the split.
   """
 
-  def __init__(self, split: Split, replicas: DataParallel, *, resident: bool):
+  def __init__(
+    self, split: Split, replicas: DataParallel | MeshParallel, *, resident: bool
+  ):
     """Takes a split, and places its arrays on the devices if it is resident."""
     self.split = split
     self._replicas = replicas
     self._arrays = None
     if resident:
-      self._arrays = replicas.place(replicas.replicate(split.arrays))
+      self._arrays = replicas.copy(split.arrays)
       self._take = replicas.map(_take)
 
   def epoch(self, batches: Batches, epoch: int, start: int = 0) -> Iterator[Batch]:

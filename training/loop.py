@@ -22,7 +22,7 @@ from training import (
   curves,
   extension,
   feeding,
-  microbatches,
+  meshes,
   optimizers,
   parallel,
   sharing,
@@ -47,6 +47,7 @@ def train(
   workdir: str | os.PathLike[str],
   *,
   num_devices: int = 0,
+  mesh: str | None = None,
   timing: bool = True,
   hooks: Sequence[Hook] = (),
 ) -> dict[str, Any]:
@@ -61,6 +62,8 @@ def train(
     problem: model, data, loss and scores.
     workdir: folder of the run's files; made if needed.
     num_devices: devices of this process to use; 0 uses all.
+    mesh: splits parameters and batches over all devices, as ``data:4,fsdp:2``; by
+      default every device is a replica.
     timing: False leaves the clock's fields out of `metrics.jsonl`.
     hooks: what is measured during training, on the primary process.
 
@@ -76,9 +79,7 @@ def train(
   workdir = pathlib.Path(workdir)
   config_lib.validate(config)
   optimizers.validate(config)
-  replicas = parallel.DataParallel(num_devices)
-  shared = sharing.of(config, replicas.num_replicas)
-  microbatches.check(problem, shared.microbatches)
+  replicas, shared = meshes.fit(config, problem, num_devices, mesh, hooks)
   extension.check(config, workdir)
   finished = extension.finished(config, workdir)
   if parallel.broadcast_json(bool(finished)):  # All do what the primary one sees.
@@ -101,7 +102,7 @@ class _Run:
     config: Config,
     problem: Problem,
     workdir: pathlib.Path,
-    replicas: parallel.DataParallel,
+    replicas: parallel.DataParallel | meshes.MeshParallel,
     shared: sharing.Sharing,
     timing: bool,
     hooks: Sequence[Hook],
@@ -115,7 +116,7 @@ class _Run:
     stepper = step.Stepper(
       problem, config, self._steps_per_epoch, shared, replicas.axis_name
     )
-    state = jax.jit(stepper.init)(config.seed)
+    state = replicas.make(stepper.init, config.seed)
     if config.init_from:
       state = state._replace(params=_other_params(config.init_from, problem))
     self._num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
@@ -185,14 +186,13 @@ class _Run:
       hooks = position.get('hook_seconds', {}) if position else {}
       self._hooks.restore(newest.arrays if newest else {}, hooks)
     position = parallel.broadcast_json(position)
+    self._state = self._replicas.spread(state, restored=bool(position))
     position = position or {'step': 0, 'epoch': 0, 'start': 0, 'means': None}
     self._step, self._epoch = position['step'], position['epoch']
     self._start = position['start']
     self._means = metrics_lib.EpochMeans(position['means'])
     self._seconds_before = position.get('seconds', 0.0)
     self._stopwatch = feeding.Stopwatch(*position.get('input_wait', ()))
-    state = self._replicas.replicate(parallel.broadcast(state))
-    self._state = self._replicas.place(state)
 
   def train(self, stop: _Stop) -> bool:
     """Runs the epochs that are left; False if it was told to stop."""
@@ -329,10 +329,12 @@ class _Run:
     every = self._config.checkpoint_every
     if every:
       return self._step % every == 0
-    return time.monotonic() >= self._next_save
+    return parallel.broadcast_json(time.monotonic() >= self._next_save)
 
   def _save(self) -> None:
     """Stores the state and the position, after the metrics that lead up to it."""
+    before = time.monotonic()
+    state = self._replicas.first(self._state)  # All processes take part.
     if not self._checkpoints:
       return
     self._metrics.flush()
@@ -345,10 +347,7 @@ class _Run:
       'input_wait': [self._stopwatch.waited, self._stopwatch.total],
       'hook_seconds': self._hooks.seconds,
     }
-    before = time.monotonic()
-    self._checkpoints.save(
-      self._replicas.first(self._state), position, self._hooks.arrays()
-    )
+    self._checkpoints.save(state, position, self._hooks.arrays())
     after = time.monotonic()
     self._next_save = after + (after - before) / _SAVING_SHARE
 
@@ -373,8 +372,7 @@ class _Run:
       'num_test_examples': problem.test.num_examples,
       'wall_time_seconds': self._seconds(),
       'input_wait_share': self._stopwatch.share,
-      'device': self._replicas.device_kind,
-      'num_replicas': self._replicas.num_replicas,
+      **self._replicas.facts,
       'test_scores': found,
       'test_scores_text': scores.describe(found),
     }

@@ -1,4 +1,4 @@
-"""The only module that maps a step over devices."""
+"""Maps a step over replicas, one a device; `training.meshes` over a mesh."""
 
 from __future__ import annotations
 
@@ -69,6 +69,27 @@ class DataParallel:
     """What the devices call themselves."""
     return self._devices[0].device_kind
 
+  @property
+  def facts(self) -> dict[str, Any]:
+    """What the summary of a run tells of its devices."""
+    return {'device': self.device_kind, 'num_replicas': self.num_replicas}
+
+  def check(self, config: Any, shared: Any, problem: Any, hooks: Any = ()) -> None:
+    """Checks nothing: what does not fit replicas, `sharing.of` refuses."""
+
+  def make(self, init: Callable[..., Any], *args: Any) -> Any:
+    """Calls what makes a state, on one device."""
+    return jax.jit(init)(*args)
+
+  def spread(self, state: Any, *, restored: bool = False) -> Any:
+    """Brings the primary process's state to the devices, a copy to each."""
+    del restored
+    return self.place(self.replicate(broadcast(state)))
+
+  def copy(self, arrays: Any) -> Any:
+    """Brings arrays to every device, whole."""
+    return self.place(self.replicate(arrays))
+
   def map(
     self, step: Callable[..., Any], *, donate: bool = False
   ) -> Callable[..., Any]:
@@ -87,7 +108,7 @@ class DataParallel:
     """Gives every leaf the axis of the replicas, one copy each, where there is one."""
 
     def stack(leaf):
-      if _is_key(leaf):
+      if is_key(leaf):
         data = stack(jax.random.key_data(leaf))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
       leaf = np.asarray(leaf)
@@ -106,7 +127,7 @@ class DataParallel:
 
     def take(leaf):
       data = leaf.addressable_shards[0].data
-      data = data if _is_key(leaf) else np.asarray(data)
+      data = data if is_key(leaf) else np.asarray(data)
       return data[0] if self.axis_name else data
 
     return jax.tree.map(take, tree)
@@ -231,15 +252,22 @@ def is_primary() -> bool:
 
 
 def broadcast(tree: Any) -> Any:
-  """The primary process's arrays, bit for bit, on every process."""
+  """The primary process's arrays, bit for bit, on every process.
+
+  Of those of the other processes only shapes and types are read.
+  """
   if jax.process_count() == 1:
     return tree
 
   def send(leaf):
-    if _is_key(leaf):
-      data = send(jax.random.key_data(leaf))
-      return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    leaf = np.asarray(leaf, order='C')
+    if is_key(leaf):
+      data = jax.random.key_data
+      data = data(leaf) if is_primary() else jax.eval_shape(data, leaf)
+      return jax.random.wrap_key_data(send(data), impl=jax.random.key_impl(leaf))
+    if is_primary():
+      leaf = np.asarray(leaf, order='C')
+    else:
+      leaf = np.zeros(np.shape(leaf), leaf.dtype)
     # As bytes: a broadcast of float64 would round it to float32.
     raw = multihost_utils.broadcast_one_to_all(np.frombuffer(leaf.tobytes(), np.uint8))
     return np.frombuffer(np.asarray(raw).tobytes(), leaf.dtype).reshape(leaf.shape)
@@ -299,5 +327,6 @@ def agree_to_stop(step: int, requested: bool) -> bool:
   return peers.agree(requested)
 
 
-def _is_key(leaf: Any) -> bool:
+def is_key(leaf: Any) -> bool:
+  """Whether an array is one of typed keys."""
   return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)

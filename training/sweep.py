@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from training import config as config_lib
-from training import extension, loop, methods, optimizers, parallel
+from training import extension, loop, meshes, methods, optimizers, parallel
 from training.config import Config
 from training.errors import UsageError
 from training.problem import Problem
@@ -168,6 +168,7 @@ def run(
   problem = build(last)
   for config in configs.values():  # Before the first is trained.
     config_lib.check_size(config, problem.train.num_examples)
+    meshes.fit(config, problem, options.get('num_devices', 0), options.get('mesh'))
   results = {}
   for number, (folder, config) in enumerate(configs.items(), 1):
     if parallel.is_primary():

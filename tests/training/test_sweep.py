@@ -126,7 +126,9 @@ def test_runs_share_a_problem_where_they_can(tmp_path, monkeypatch):
   def build(config):
     built.append((config.label_smoothing, config.batch_size))
     return SimpleNamespace(
-      train=SimpleNamespace(num_examples=100), scores=scores.Classification(2)
+      train=SimpleNamespace(num_examples=100),
+      scores=scores.Classification(2),
+      example_inputs=(),
     )
 
   def train(config, problem, workdir):
