@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -212,10 +213,7 @@ def diagonal(
   _require_products(num_matvecs, 2)
   key = basis_lib.stream(key, basis_lib.DIAGONAL_STREAM)
   first = operator.num_matvecs
-  mean = squares = jax.tree.map(
-    lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)),
-    operator.structure,
-  )
+  mean = squares = stacks.zero(stacks.structure(operator.structure))
   sums = []
   for index in range(num_matvecs):
     probe = _signs(jax.random.fold_in(key, index), operator)
@@ -278,9 +276,13 @@ def _accumulate(mean, squares, count, probe, image):
 def _signs(key: jax.Array, operator: operators.Operator) -> Any:
   """A random vector of -1 and 1."""
   leaves, treedef = jax.tree.flatten(operator.structure)
+  return treedef.unflatten(_signs_like(tuple(leaves), key))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _signs_like(leaves, key):
   keys = jax.random.split(key, len(leaves))
-  signs = [
-    jax.random.rademacher(leaf_key, leaf.shape, leaf.dtype)
-    for leaf_key, leaf in zip(keys, leaves, strict=True)
+  return [
+    stacks.placed(jax.random.rademacher(each, leaf.shape, leaf.dtype), leaf.sharding)
+    for each, leaf in zip(keys, leaves, strict=True)
   ]
-  return stacks.place(treedef.unflatten(signs), operator.structure)

@@ -18,7 +18,8 @@ class Operator:
   """A symmetric operator on pytrees, known by its products with vectors.
 
   Attributes:
-    structure: pytree of ``jax.ShapeDtypeStruct``: what its vectors look like.
+    structure: pytree of ``jax.ShapeDtypeStruct``: what its vectors look like, and how
+      they lie on a mesh of several devices.
     size: number of entries of a vector.
     dtype: the floating-point type of a vector (the widest of its leaves).
     num_matvecs: number of products taken so far.
@@ -37,7 +38,8 @@ class Operator:
   def matvec(self, vector: Params) -> Params:
     """Product with one vector; vector and result are pytrees like the parameters."""
     self.num_matvecs += 1
-    with jax.default_matmul_precision('highest'):
+    # Of some kernels JAX says only when it compiles that they have no such derivative.
+    with jax.default_matmul_precision('highest'), products.differentiated_twice():
       return self._matvec(vector)
 
 
@@ -90,16 +92,17 @@ class HessianOperator(Operator):
     super().__init__(self._product, self.params)
 
   def _product(self, vector: Params) -> Params:
-    total = _zeros(self.params)
+    shardings = tuple(leaf.sharding for leaf in jax.tree.leaves(self.structure))
+    total = _zeros(shardings, self.params)
     for index, (batch, fraction) in enumerate(self._batches):
       if index not in self._linear:
         self._linearize(index, batch)
       linear = self._linear.get(index)
       if linear is None:
         arguments = self._of_batch, self.params, batch, vector, total, fraction
-        total = _add_product(*arguments)
+        total = _add_product(shardings, *arguments)
       else:
-        total = _add_linear(linear, vector, total, fraction)
+        total = _add_linear(shardings, linear, vector, total, fraction)
     return total
 
   def _linearize(self, index: int, batch: Batch) -> None:
@@ -152,6 +155,8 @@ def hessian(
   Raises:
     TypeError: a leaf of ``params`` is not floating point.
     ValueError: there are no examples, or a weight is negative or not finite.
+    SecondDerivativeError: at the first product, if the loss holds a fused kernel, as of
+      attention, that has a rule for its gradient only; it is a TypeError.
 
   >>> import jax.numpy as jnp
   >>> loss = lambda w, x: 0.5 * jnp.mean((x @ w) ** 2)
@@ -214,15 +219,14 @@ class WeightedBatches:
         yield batch, fraction
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _add_product(product, params, batch, vector, total, fraction):
-  added = product(params, batch, vector)
-  return jax.tree.map(lambda t, p: t + fraction * p, total, added)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+def _add_product(shardings, product, params, batch, vector, total, fraction):
+  return _add(shardings, total, fraction, product(params, batch, vector))
 
 
-@jax.jit
-def _zeros(params):
-  return jax.tree.map(jnp.zeros_like, params)
+@functools.partial(jax.jit, static_argnums=0)
+def _zeros(shardings, params):
+  return _placed(shardings, jax.tree.map(jnp.zeros_like, params))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -230,6 +234,17 @@ def _linearize(product, params, batch):
   return product.linearize(params, batch)
 
 
-@functools.partial(jax.jit, donate_argnums=2)
-def _add_linear(linear, vector, total, fraction):
-  return jax.tree.map(lambda t, p: t + fraction * p, total, linear(vector))
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _add_linear(shardings, linear, vector, total, fraction):
+  return _add(shardings, total, fraction, linear(vector))
+
+
+def _add(shardings, total, fraction, product):
+  product = _placed(shardings, product)
+  return _placed(shardings, jax.tree.map(lambda t, p: t + fraction * p, total, product))
+
+
+def _placed(shardings, tree):
+  """A tree whose leaves lie as the parameters do."""
+  leaves, treedef = jax.tree.flatten(tree)
+  return treedef.unflatten(map(stacks.placed, leaves, shardings))

@@ -7,18 +7,20 @@ and leaves that are sharded over devices stay where they are.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 _ROUNDING = 100.0  # shorter than so many eps, what is left of a unit vector is noise
 
 
 def structure(like: Any) -> Any:
-  """What vectors look like: shapes, dtypes of at least float32, explicit shardings.
+  """What vectors look like: shapes, dtypes of at least float32, shardings if known.
 
   Raises:
     TypeError: a leaf is not floating point.
@@ -31,45 +33,83 @@ def structure(like: Any) -> Any:
     lambda leaf: jax.ShapeDtypeStruct(
       leaf.shape,
       jnp.promote_types(leaf.dtype, jnp.float32),
-      sharding=explicit_sharding(leaf),
+      sharding=leaf.sharding,
     ),
     described,
   )
 
 
 def random(key: jax.Array, like: Any) -> Any:
-  """A standard normal vector, on an explicit mesh placed as a given one."""
+  """A standard normal vector that lies on a mesh as a given one."""
+  leaves, treedef = jax.tree.flatten(like)
+  described = tuple(map(describe, leaves))
+  if any(leaf.sharding is not None for leaf in described):
+    return treedef.unflatten(_random(described, key))
+  return optax.tree.random_like(key, like)
 
-  return place(optax.tree.random_like(key, like), like)
+
+@functools.partial(jax.jit, static_argnums=0)
+def _random(leaves, key):
+  # Compiled as one, each device draws its own share.
+  return place(optax.tree.random_like(key, leaves), leaves)
 
 
 def place(vector: Any, like: Any) -> Any:
-  """A vector, on an explicit mesh placed as a given one."""
-  return jax.tree.map(lambda x, y: placed(x, explicit_sharding(y)), vector, like)
+  """A vector that lies on a mesh as a given one, where that is known."""
+  return jax.tree.map(lambda x, y: placed(x, mesh_sharding(y)), vector, like)
 
 
-def placed(leaf: jax.Array, sharding: jax.sharding.NamedSharding | None) -> jax.Array:
-  """A leaf with an explicit sharding, if there is one."""
-  return leaf if sharding is None else jax.sharding.reshard(leaf, sharding)
+def place_stack(stack: Any, like: Any) -> Any:
+  """A stack of vectors each of which lies on a mesh as a given one."""
+
+  def leaf(x, y):
+    sharding = mesh_sharding(y)
+    return x if sharding is None else placed(x, _stacked(sharding))
+
+  return jax.tree.map(leaf, stack, like)
 
 
-def explicit_sharding(leaf: Any) -> jax.sharding.NamedSharding | None:
-  """The sharding of a leaf where that is part of its type."""
-  if not isinstance(leaf, jax.ShapeDtypeStruct):
-    leaf = jax.typeof(leaf)
-  sharding = leaf.sharding
-  if not isinstance(sharding, jax.sharding.NamedSharding):
+def _stacked(sharding: NamedSharding) -> NamedSharding:
+  return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+
+
+def placed(leaf: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+  """A leaf with a sharding, if there is one."""
+  if sharding is None:
+    return leaf
+  if _is_explicit(sharding):
+    return jax.sharding.reshard(leaf, sharding)
+  return jax.lax.with_sharding_constraint(leaf, sharding)
+
+
+def mesh_sharding(leaf: Any) -> NamedSharding | None:
+  """How a leaf lies on a mesh, where that is known.
+
+  An array knows it, and so does what describes one. While a function is traced it is
+  known of explicit meshes only. None stands for one device.
+  """
+  described = isinstance(leaf, jax.ShapeDtypeStruct) or _is_concrete(leaf)
+  sharding = leaf.sharding if described else jax.typeof(leaf).sharding
+  if not isinstance(sharding, NamedSharding):
     return None
-  explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
-  return sharding if explicit else None
+  # The automatic axes of an abstract mesh say nothing: the compiler chooses.
+  known = isinstance(sharding.mesh, jax.sharding.Mesh) and sharding.mesh.size > 1
+  return sharding if known or _is_explicit(sharding) else None
+
+
+def _is_explicit(sharding: NamedSharding) -> bool:
+  return AxisType.Explicit in sharding.mesh.axis_types
+
+
+def _is_concrete(leaf: Any) -> bool:
+  return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
 
 
 def describe(leaf: Any) -> jax.ShapeDtypeStruct:
-  """Shape, dtype and explicit sharding of a floating-point leaf of the parameters."""
-  if not isinstance(leaf, jax.ShapeDtypeStruct):
-    leaf = jax.ShapeDtypeStruct(
-      np.shape(leaf), jnp.result_type(leaf), sharding=explicit_sharding(leaf)
-    )
+  """Shape, dtype and sharding of a floating-point leaf of the parameters."""
+  leaf = jax.ShapeDtypeStruct(
+    np.shape(leaf), jnp.result_type(leaf), sharding=mesh_sharding(leaf)
+  )
   if not jnp.issubdtype(leaf.dtype, jnp.floating):
     raise TypeError(
       f'a leaf of the parameters has dtype {leaf.dtype}: only real floating-point '
@@ -80,15 +120,47 @@ def describe(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def zeros(vector: Any, count: int) -> Any:
   """A stack of zeros for vectors like a given one."""
-  return jax.tree.map(
-    lambda leaf: jnp.broadcast_to(jnp.zeros_like(leaf)[None], (count, *leaf.shape)),
-    vector,
-  )
+
+  def leaf(x):
+    sharding = mesh_sharding(x)
+    if sharding is not None and _is_concrete(x):
+      return jnp.zeros((count, *x.shape), x.dtype, device=_stacked(sharding))
+    return jnp.broadcast_to(jnp.zeros_like(x)[None], (count, *x.shape))
+
+  return jax.tree.map(leaf, vector)
 
 
 def where(condition: jax.Array, x: Any, y: Any) -> Any:
   """One of two vectors."""
   return jax.tree.map(lambda x, y: jnp.where(condition, x, y), x, y)
+
+
+def zero(like: Any) -> Any:
+  """A vector of zeros that looks and lies as what a `structure` says."""
+
+  def leaf(x):
+    sharding = x.sharding
+    if sharding is not None and isinstance(sharding.mesh, jax.sharding.AbstractMesh):
+      return placed(jnp.zeros(x.shape, x.dtype), sharding)
+    # Made on each device, never whole on one.
+    return jnp.zeros(x.shape, x.dtype, device=sharding)
+
+  return jax.tree.map(leaf, like)
+
+
+def is_addressable(leaf: jax.ShapeDtypeStruct) -> bool:
+  """Whether all devices on which a leaf lies belong to this process."""
+  sharding = mesh_sharding(leaf)
+  abstract = sharding is None or isinstance(sharding.mesh, jax.sharding.AbstractMesh)
+  return abstract or sharding.is_fully_addressable
+
+
+def on_devices(values: np.ndarray, dtype: np.dtype, like: Any) -> jax.Array:
+  """Values of the host as an array, on a mesh as a given leaf if that is on one."""
+  sharding = mesh_sharding(like)
+  if sharding is None:
+    return jnp.asarray(values, dtype)
+  return jax.device_put(values.astype(dtype), sharding)
 
 
 def take(stack: Any, index: Any) -> Any:
