@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam_jax import placing
 from sam_jax.curvature import shares as shares_lib
-from sam_jax.curvature import stacks
 
 _CHUNK = 4096
 
@@ -361,7 +361,7 @@ def _normal(layout, key):
 
 def _shares(leaves):
   """What each device holds of each leaf, and the mesh; None on one device."""
-  shardings = [stacks.mesh_sharding(leaf) for leaf in leaves]
+  shardings = [placing.mesh_sharding(leaf) for leaf in leaves]
   meshes = {sharding.mesh for sharding in shardings if sharding is not None}
   if not meshes:
     return None, None
@@ -380,7 +380,7 @@ def _specs(layout):
 
 
 def _laid(leaf, layout, spec):
-  return stacks.placed(leaf, jax.sharding.NamedSharding(layout.mesh, spec))
+  return placing.placed(leaf, jax.sharding.NamedSharding(layout.mesh, spec))
 
 
 def _on_each_device(function, layout, in_specs, out_specs):

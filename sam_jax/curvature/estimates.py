@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam_jax import placing
 from sam_jax.curvature import basis as basis_lib
 from sam_jax.curvature import lanczos, operators, stacks, transforms
 from sam_jax.curvature import pairs as pairs_lib
@@ -276,13 +276,12 @@ def _accumulate(mean, squares, count, probe, image):
 def _signs(key: jax.Array, operator: operators.Operator) -> Any:
   """A random vector of -1 and 1."""
   leaves, treedef = jax.tree.flatten(operator.structure)
-  return treedef.unflatten(_signs_like(tuple(leaves), key))
+  return treedef.unflatten(placing.made(_signs_like, key, tuple(leaves)))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _signs_like(leaves, key):
+def _signs_like(key, leaves):
   keys = jax.random.split(key, len(leaves))
   return [
-    stacks.placed(jax.random.rademacher(each, leaf.shape, leaf.dtype), leaf.sharding)
+    jax.random.rademacher(each, leaf.shape, leaf.dtype)
     for each, leaf in zip(keys, leaves, strict=True)
   ]

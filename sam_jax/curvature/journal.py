@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_jax.curvature import stacks
+from sam_jax import placing
 from sam_jax.curvature.operators import Operator, Params
 from sam_jax.curvature.transforms import paths
 
@@ -39,7 +39,7 @@ class JournaledOperator(Operator):
     self._inner = inner
     self._path = pathlib.Path(path)
     self._leaves, self._treedef = jax.tree.flatten(self.structure)
-    if not all(map(stacks.is_addressable, self._leaves)):
+    if not all(map(placing.is_addressable, self._leaves)):
       raise ValueError(
         'the operator has vectors on devices of several processes, and a journal is '
         'the file of one: leave it out there'
@@ -104,7 +104,7 @@ class JournaledOperator(Operator):
     for leaf in self._leaves:
       values = np.frombuffer(content, leaf.dtype, leaf.size, start)
       values = values.reshape(leaf.shape)
-      product.append(stacks.on_devices(values.copy(), leaf.dtype, leaf))
+      product.append(placing.on_devices(values.copy(), leaf.dtype, leaf))
       start += values.nbytes
     return self._treedef.unflatten(product)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam_jax import placing
 from sam_jax.curvature import products, stacks
 from sam_jax.curvature.products import Batch, LossFn, Params
 
@@ -93,7 +94,7 @@ class HessianOperator(Operator):
 
   def _product(self, vector: Params) -> Params:
     shardings = tuple(leaf.sharding for leaf in jax.tree.leaves(self.structure))
-    total = _zeros(shardings, self.params)
+    total = stacks.zero(self.structure) if any(shardings) else _zeros(self.params)
     for index, (batch, fraction) in enumerate(self._batches):
       if index not in self._linear:
         self._linearize(index, batch)
@@ -224,9 +225,9 @@ def _add_product(shardings, product, params, batch, vector, total, fraction):
   return _add(shardings, total, fraction, product(params, batch, vector))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _zeros(shardings, params):
-  return _placed(shardings, jax.tree.map(jnp.zeros_like, params))
+@jax.jit
+def _zeros(params):
+  return jax.tree.map(jnp.zeros_like, params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -247,4 +248,4 @@ def _add(shardings, total, fraction, product):
 def _placed(shardings, tree):
   """A tree whose leaves lie as the parameters do."""
   leaves, treedef = jax.tree.flatten(tree)
-  return treedef.unflatten(map(stacks.placed, leaves, shardings))
+  return treedef.unflatten(map(placing.placed, leaves, shardings))

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_jax import npz
+from sam_jax import npz, placing
 from sam_jax.curvature import basis as basis_lib
-from sam_jax.curvature import stacks
 
 _LEAF = 'eigenvectors_{}'  # name of the leaves of that number in a file
 
@@ -134,7 +133,7 @@ def load_eigenpairs(path: str | os.PathLike[str], like: Any) -> Eigenpairs:
     )
   described = zip(saved_leaves, layout.dtypes, jax.tree.leaves(like), strict=True)
   leaves = [
-    [stacks.on_devices(part, dtype, leaf) for part in stack]
+    [placing.on_devices(part, dtype, leaf) for part in stack]
     for stack, dtype, leaf in described
   ]
   return Eigenpairs(

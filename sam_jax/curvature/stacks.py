@@ -7,14 +7,13 @@ and leaves that are sharded over devices stay where they are.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sam_jax import placing, probes
 
 _ROUNDING = 100.0  # shorter than so many eps, what is left of a unit vector is noise
 
@@ -40,31 +39,16 @@ def structure(like: Any) -> Any:
 
 
 def random(key: jax.Array, like: Any) -> Any:
-  """A standard normal vector that lies on a mesh as a given one."""
-  leaves, treedef = jax.tree.flatten(like)
-  described = tuple(map(describe, leaves))
-  if any(leaf.sharding is not None for leaf in described):
-    return treedef.unflatten(_random(described, key))
-  return optax.tree.random_like(key, like)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _random(leaves, key):
-  # Compiled as one, each device draws its own share.
-  return place(optax.tree.random_like(key, leaves), leaves)
-
-
-def place(vector: Any, like: Any) -> Any:
-  """A vector that lies on a mesh as a given one, where that is known."""
-  return jax.tree.map(lambda x, y: placed(x, mesh_sharding(y)), vector, like)
+  """A standard normal vector, on a mesh as a given one where that is known."""
+  return probes.gaussian(key, like)
 
 
 def place_stack(stack: Any, like: Any) -> Any:
   """A stack of vectors each of which lies on a mesh as a given one."""
 
   def leaf(x, y):
-    sharding = mesh_sharding(y)
-    return x if sharding is None else placed(x, _stacked(sharding))
+    sharding = placing.mesh_sharding(y)
+    return x if sharding is None else placing.placed(x, _stacked(sharding))
 
   return jax.tree.map(leaf, stack, like)
 
@@ -73,43 +57,9 @@ def _stacked(sharding: NamedSharding) -> NamedSharding:
   return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
 
 
-def placed(leaf: jax.Array, sharding: NamedSharding | None) -> jax.Array:
-  """A leaf with a sharding, if there is one."""
-  if sharding is None:
-    return leaf
-  if _is_explicit(sharding):
-    return jax.sharding.reshard(leaf, sharding)
-  return jax.lax.with_sharding_constraint(leaf, sharding)
-
-
-def mesh_sharding(leaf: Any) -> NamedSharding | None:
-  """How a leaf lies on a mesh, where that is known.
-
-  An array knows it, and so does what describes one. While a function is traced it is
-  known of explicit meshes only. None stands for one device.
-  """
-  described = isinstance(leaf, jax.ShapeDtypeStruct) or _is_concrete(leaf)
-  sharding = leaf.sharding if described else jax.typeof(leaf).sharding
-  if not isinstance(sharding, NamedSharding):
-    return None
-  # The automatic axes of an abstract mesh say nothing: the compiler chooses.
-  known = isinstance(sharding.mesh, jax.sharding.Mesh) and sharding.mesh.size > 1
-  return sharding if known or _is_explicit(sharding) else None
-
-
-def _is_explicit(sharding: NamedSharding) -> bool:
-  return AxisType.Explicit in sharding.mesh.axis_types
-
-
-def _is_concrete(leaf: Any) -> bool:
-  return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-
-
 def describe(leaf: Any) -> jax.ShapeDtypeStruct:
   """Shape, dtype and sharding of a floating-point leaf of the parameters."""
-  leaf = jax.ShapeDtypeStruct(
-    np.shape(leaf), jnp.result_type(leaf), sharding=mesh_sharding(leaf)
-  )
+  leaf = placing.described(leaf)
   if not jnp.issubdtype(leaf.dtype, jnp.floating):
     raise TypeError(
       f'a leaf of the parameters has dtype {leaf.dtype}: only real floating-point '
@@ -122,8 +72,8 @@ def zeros(vector: Any, count: int) -> Any:
   """A stack of zeros for vectors like a given one."""
 
   def leaf(x):
-    sharding = mesh_sharding(x)
-    if sharding is not None and _is_concrete(x):
+    sharding = placing.mesh_sharding(x)
+    if sharding is not None and placing.is_concrete(x):
       return jnp.zeros((count, *x.shape), x.dtype, device=_stacked(sharding))
     return jnp.broadcast_to(jnp.zeros_like(x)[None], (count, *x.shape))
 
@@ -139,28 +89,11 @@ def zero(like: Any) -> Any:
   """A vector of zeros that looks and lies as what a `structure` says."""
 
   def leaf(x):
-    sharding = x.sharding
-    if sharding is not None and isinstance(sharding.mesh, jax.sharding.AbstractMesh):
-      return placed(jnp.zeros(x.shape, x.dtype), sharding)
-    # Made on each device, never whole on one.
-    return jnp.zeros(x.shape, x.dtype, device=sharding)
+    if placing.is_on_devices(x):  # Made on each device, never whole on one.
+      return jnp.zeros(x.shape, x.dtype, device=x.sharding)
+    return placing.placed(jnp.zeros(x.shape, x.dtype), x.sharding)
 
   return jax.tree.map(leaf, like)
-
-
-def is_addressable(leaf: jax.ShapeDtypeStruct) -> bool:
-  """Whether all devices on which a leaf lies belong to this process."""
-  sharding = mesh_sharding(leaf)
-  abstract = sharding is None or isinstance(sharding.mesh, jax.sharding.AbstractMesh)
-  return abstract or sharding.is_fully_addressable
-
-
-def on_devices(values: np.ndarray, dtype: np.dtype, like: Any) -> jax.Array:
-  """Values of the host as an array, on a mesh as a given leaf if that is on one."""
-  sharding = mesh_sharding(like)
-  if sharding is None:
-    return jnp.asarray(values, dtype)
-  return jax.device_put(values.astype(dtype), sharding)
 
 
 def take(stack: Any, index: Any) -> Any:

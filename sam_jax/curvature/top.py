@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam_jax import placing
 from sam_jax.curvature import stacks
 
 Params = Any
@@ -237,8 +238,8 @@ class _Search:
     candidate = stacks.where(number < count, queued, state.expansion)
     fresh = jax.random.fold_in(self.key, number)
     vector = stacks.orthonormal(candidate, state.basis, fresh)
-    vector = stacks.place(vector, self.structure)
-    image = stacks.place(self.matvec(vector), self.structure)
+    vector = placing.place(vector, self.structure)
+    image = placing.place(self.matvec(vector), self.structure)
     basis = stacks.put(state.basis, vector, state.size)
     images = stacks.put(state.images, image, state.size)
     # Of the product itself: a vector taken from the new stack makes XLA copy the old.
