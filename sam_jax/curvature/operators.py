@@ -199,7 +199,7 @@ class WeightedBatches:
     products.require_several(batches)
     self._weight = weight or products.leading_dimension
     if isinstance(batches, list | tuple | Iterator):
-      batches = [jax.device_put(batch) for batch in batches]
+      batches = [jax.tree.map(_on_device, batch) for batch in batches]
     self._batches = batches
     weights = [float(self._weight(batch)) for batch in batches]
     if not all(math.isfinite(w) and w >= 0 for w in weights):
@@ -218,6 +218,12 @@ class WeightedBatches:
     for batch, fraction in zip(self._batches, self._fractions, strict=True):
       if fraction:
         yield batch, fraction
+
+
+def _on_device(leaf):
+  """A leaf of a batch; what lies on the devices of several processes stays there."""
+  there = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+  return leaf if there else jax.device_put(leaf)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
