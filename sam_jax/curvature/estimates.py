@@ -52,9 +52,9 @@ def trace(
     num_matvecs: number of products, at least 4; with pairs at least 2.
     key: typed PRNG key; None is ``jax.random.key(0)``.
     pairs: eigenpairs that are known already; the converged ones are used.
-    max_basis_gib: memory in GiB for the subspace and the work vectors. The subspace is
-      made as small as it must be, and probes take its place; the estimate stays
-      unbiased.
+    max_basis_gib: memory in GiB, on each device, for the subspace and the work vectors.
+      The subspace is made as small as it must be, and probes take its place; the
+      estimate stays unbiased.
 
   Returns:
     The estimate with its standard error.
@@ -120,8 +120,8 @@ def squared_frobenius_norm(
     num_matvecs: number of products, at least 2.
     key: typed PRNG key; None is ``jax.random.key(0)``.
     pairs: eigenpairs that are known already; the converged ones are used.
-    max_basis_gib: memory in GiB for their eigenvectors and the work vectors; the
-      smallest of them are left out where it is too little.
+    max_basis_gib: memory in GiB, on each device, for their eigenvectors and the work
+      vectors; the smallest of them are left out where it is too little.
 
   Returns:
     The estimate with its standard error.

@@ -140,7 +140,8 @@ def hessian(
     loss_fn: ``loss_fn(params, batch) -> scalar``, the mean loss over the batch. Give
       the same function object to several calls and it is compiled once.
     params: where the Hessian is taken, any pytree. Leaves narrower than float32 are
-      widened to float32.
+      widened to float32. Where they lie on a mesh of devices, vectors lie as they do,
+      and a search's basis is divided among all devices.
     batches: pytrees of arrays, of any shapes. A list or an iterator is put on the
       device once; any other iterable is iterated anew for each product.
     weight: number of examples of a batch, ``weight(batch) -> number``. None: the
@@ -148,7 +149,7 @@ def hessian(
     max_cache_gib: memory in GiB for what all products at ``params`` share, the
       activations and their gradients; a product then costs two gradients. Batches for
       which there is no room compute it anew each time, a third more. The result is the
-      same.
+      same. On a mesh it counts what all devices hold together.
 
   Returns:
     The operator.

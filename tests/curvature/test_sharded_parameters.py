@@ -280,3 +280,13 @@ def test_a_product_takes_its_share_of_memory_and_the_activations():
   whole, share = size(params, batch), size(*sharded)
   assert whole >= 4 * params.nbytes
   assert share <= 1.15 * whole / DEVICES + activations
+
+
+def test_float32_finds_the_eigenvalues_of_the_dense_float64_matrix():
+  params, batch = _placed(*_problem(jnp.float32), _mesh())
+  pairs = curvature.eigenpairs(
+    curvature.hessian(_loss, params, [batch]), 6, 'largest', tol=1e-5
+  )
+  with jax.enable_x64(True):
+    values = np.linalg.eigvalsh(_dense(*_problem()))[::-1]
+  np.testing.assert_allclose(pairs.eigenvalues, values[:6], rtol=1e-5)
