@@ -1,12 +1,19 @@
-"""Random directions in parameter space: ``(key, params) -> u``, a tree like params."""
+"""Random directions in parameter space: ``(key, params) -> u``, a tree like params.
+
+Of parameters that are sharded over a mesh, arrays or shapes with a sharding, each
+device draws its own share, and the numbers are those of one device.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from sam_jax import placing
 
 Sampler = Callable[[jax.Array, optax.Params], optax.Params]
 
@@ -29,7 +36,7 @@ def gaussian(key: jax.Array, params: optax.Params) -> optax.Params:
   >>> sam_jax.probes.gaussian(jax.random.key(0), {'w': jnp.ones((2, 3))})['w'].shape
   (2, 3)
   """
-  return optax.tree.random_like(key, params, jax.random.normal)
+  return _random_like(key, params, jax.random.normal)
 
 
 def uniform_cube(half_width: float) -> Sampler:
@@ -40,8 +47,32 @@ def uniform_cube(half_width: float) -> Sampler:
   >>> bool(abs(u).max() <= 0.01)
   True
   """
+  return lambda key, params: _random_like(key, params, _Uniform(half_width))
 
-  def sample(key, shape, dtype):
-    return jax.random.uniform(key, shape, dtype, -half_width, half_width)
 
-  return lambda key, params: optax.tree.random_like(key, params, sample)
+@dataclasses.dataclass(frozen=True)
+class _Uniform:
+  """Uniform in an interval around 0; equal for equal widths, as jit needs it."""
+
+  half_width: float
+
+  def __call__(self, key, shape, dtype):
+    return jax.random.uniform(key, shape, dtype, -self.half_width, self.half_width)
+
+
+def _random_like(key, params, sample):
+  leaves, treedef = jax.tree.flatten(params)
+  described = tuple(map(placing.described, leaves))
+  if any(map(placing.is_on_devices, described)):
+    return treedef.unflatten(placing.made(_Leaves(sample), key, described))
+  # Within a compiled function optax sees to explicit meshes.
+  return placing.place(optax.tree.random_like(key, params, sample), params)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaves:
+  sample: Callable
+
+  def __call__(self, key, leaves):
+    bare = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    return optax.tree.random_like(key, bare, self.sample)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_jax import perturbations, probes
+from sam_jax import perturbations, placing, probes
 from sam_jax.curvature import basis, operators
 from sam_jax.curvature.estimates import Estimate
 from sam_jax.curvature.operators import Batch, LossFn, Params
@@ -202,8 +202,12 @@ def _highest_rise(function, ascend, starts, num_steps):
 def _starts(norm, params, rho, count, key) -> Iterator[Params]:
   """w itself, then random points of the ball."""
   yield jax.tree.map(jnp.zeros_like, params)
+  leaves, treedef = jax.tree.flatten(params)
+  described = tuple(map(placing.described, leaves))
   for index in range(1, count):
-    yield _random_point(norm, jax.random.fold_in(key, index), params, rho)
+    yield jax.tree.unflatten(
+      treedef, _random_point(norm, described, jax.random.fold_in(key, index), rho)
+    )
 
 
 def _mean(loss_fn, scaled, params, group, u):
@@ -262,13 +266,13 @@ def _into_ball(u, rho):
   return jax.tree.map(lambda x: jnp.where(factor < 1, factor, 1) * x, u)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _random_point(norm, key, params, rho):
-  """Uniform in the ball."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _random_point(norm, leaves, key, rho):
+  """The leaves of a point drawn uniformly from the ball."""
   if norm == 'linf':
-    return jax.tree.map(lambda x: rho * x, probes.uniform_cube(1.0)(key, params))
-  direction = probes.gaussian(key, params)
-  size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return [rho * x for x in probes.uniform_cube(1.0)(key, leaves)]
+  direction = list(probes.gaussian(key, leaves))
+  size = sum(leaf.size for leaf in leaves)
   share = jax.random.uniform(jax.random.fold_in(key, 1)) ** (1 / size)
   return perturbations.on_sphere(direction, share * rho)
 

@@ -23,6 +23,7 @@ from sam_jax.curvature.operators import hessian as hessian
 from sam_jax.curvature.operators import operator as operator
 from sam_jax.curvature.pairs import Eigenpairs as Eigenpairs
 from sam_jax.curvature.pairs import load_eigenpairs as load_eigenpairs
+from sam_jax.curvature.products import SecondDerivativeError as SecondDerivativeError
 from sam_jax.curvature.products import hessian_product as hessian_product
 from sam_jax.curvature.products import hvp as hvp
 from sam_jax.curvature.products import mean_product as mean_product

@@ -5,6 +5,9 @@ the device and the partial sums are added in float64 on the host, because one lo
 float32 sum loses the digits that reorthogonalisation needs. Vectors stand in blocks
 (chunks, block, chunk), so a product with a block is one batched matrix product, memory
 grows with the basis, and a new vector is written in place.
+
+Where the parameters lie on a mesh, the leading axis of all these arrays is sharded over
+all of its devices, and so is everything that is done with them; see `shares`.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_jax.curvature import stacks
+from sam_jax import placing
+from sam_jax.curvature import shares as shares_lib
 
 _CHUNK = 4096
 
@@ -53,42 +57,64 @@ def stream(key: jax.Array | None, number: int) -> jax.Array:
 class Layout:
   """How a pytree is laid out as a (chunks, chunk) array, padded with zeros.
 
-  On an explicit mesh the leaves lie as the parameters do, and the array is whole on
-  each device.
+  On a mesh of several devices (or one with explicit axes) the leaves lie as the
+  parameters do, and the array is sharded over all devices by its leading axis.
   """
 
   treedef: Any
   shapes: tuple[tuple[int, ...], ...]
   dtypes: tuple[np.dtype, ...]
-  shardings: tuple[jax.sharding.NamedSharding | None, ...]
+  shares: tuple[shares_lib.Share, ...] | None
+  mesh: jax.sharding.Mesh | None
   dtype: np.dtype
   size: int
 
   @classmethod
   def of(cls, structure: Any) -> Layout:
     leaves, treedef = jax.tree.flatten(structure)
+    shares, mesh = _shares(leaves)
     return cls(
       treedef=treedef,
       shapes=tuple(leaf.shape for leaf in leaves),
       dtypes=tuple(np.dtype(leaf.dtype) for leaf in leaves),
-      shardings=tuple(stacks.explicit_sharding(leaf) for leaf in leaves),
+      shares=shares,
+      mesh=mesh,
       dtype=np.dtype(jnp.promote_types(jnp.result_type(*leaves), jnp.float32)),
       size=sum(math.prod(leaf.shape) for leaf in leaves),
     )
 
   @property
   def shape(self) -> tuple[int, int]:
-    chunks = -(-self.size // _CHUNK)
-    return chunks, -(-self.size // chunks)
+    """Of a packed vector."""
+    chunks, chunk = self.local_shape
+    return chunks * (self.mesh.size if self.mesh else 1), chunk
+
+  @property
+  def local_shape(self) -> tuple[int, int]:
+    """Of what one device holds of a packed vector."""
+    chunks = -(-self._local_size // _CHUNK)
+    return chunks, -(-self._local_size // chunks)
+
+  @property
+  def _local_size(self) -> int:
+    return sum(share.kept for share in self.shares) if self.shares else self.size
+
+  @property
+  def sharding(self) -> jax.sharding.NamedSharding | None:
+    """Of arrays whose leading axis is that of a packed vector."""
+    if self.mesh is None:
+      return None
+    return jax.sharding.NamedSharding(self.mesh, shares_lib.whole(self.mesh))
 
   @property
   def block(self) -> int:
     # Small blocks where a single vector is already much memory.
-    return 16 if self.size <= 1 << 20 else 4
+    return 16 if self._local_size <= 1 << 20 else 4
 
   @property
   def vector_bytes(self) -> int:
-    return math.prod(self.shape) * self.dtype.itemsize
+    """Memory of a packed vector, on one device."""
+    return math.prod(self.local_shape) * self.dtype.itemsize
 
   def rounded(self, num_vectors: int) -> int:
     """So many vectors a basis of ``num_vectors`` takes: whole blocks."""
@@ -146,7 +172,7 @@ class Basis:
   def coefficients(self, vector: jax.Array) -> np.ndarray:
     """Products with each vector of the basis, (size,) float64."""
     partial = [_dots(block, vector) for block in self._blocks]
-    sums = [np.asarray(p, np.float64).sum(0) for p in partial]
+    sums = [_on_host(p).sum(0) for p in partial]
     return np.concatenate([*sums, np.zeros(0)])[: self.size]
 
   def subtract(self, vector: jax.Array, coefficients: np.ndarray) -> jax.Array:
@@ -181,8 +207,9 @@ class Basis:
     return _read(self._blocks[block], row)
 
   def _empty_block(self) -> jax.Array:
-    chunks, chunk = self.layout.shape
-    return jnp.zeros((chunks, self.layout.block, chunk), self.layout.dtype)
+    layout, (chunks, chunk) = self.layout, self.layout.shape
+    shape = chunks, layout.block, chunk
+    return jnp.zeros(shape, layout.dtype, device=layout.sharding)
 
   def _parts(self, coefficients: np.ndarray) -> list[np.ndarray]:
     """Coefficients cut into blocks, the last one filled up with zeros."""
@@ -237,19 +264,32 @@ def orthonormal(vector: jax.Array, *bases: Basis) -> jax.Array:
 
 def norm(vector: jax.Array) -> float:
   """Norm of a (chunks, chunk) vector, summed over chunks in float64."""
-  squares = np.asarray(_squares(vector), np.float64).sum()
+  squares = _on_host(_squares(vector)).sum()
   if _SMALL < squares < np.inf or np.isnan(squares):
     return math.sqrt(squares)
   # Squares of very small or very large entries leave the range of the type.
   largest = float(jnp.abs(vector).max())
   if not 0 < largest < np.inf:
     return largest
-  return largest * math.sqrt(np.asarray(_squares(vector / largest), np.float64).sum())
+  return largest * math.sqrt(_on_host(_squares(vector / largest)).sum())
 
 
 def dot(x: jax.Array, y: jax.Array) -> float:
   """Product of two (chunks, chunk) vectors, summed over chunks in float64."""
-  return float(np.asarray(_dot(x, y), np.float64).sum())
+  return float(_on_host(_dot(x, y)).sum())
+
+
+def _on_host(sums: jax.Array) -> np.ndarray:
+  """The partial sums of all chunks in float64, those of other processes too."""
+  if not (sums.is_fully_addressable or sums.is_fully_replicated):
+    sums = _replicated(sums.sharding.mesh)(sums)
+  return np.asarray(sums, np.float64)
+
+
+@functools.cache
+def _replicated(mesh):
+  spec = jax.sharding.PartitionSpec()
+  return jax.jit(lambda x: x, out_shardings=jax.sharding.NamedSharding(mesh, spec))
 
 
 @jax.jit
@@ -266,35 +306,92 @@ def rescale(x: jax.Array, scale: float) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _pack(layout, tree):
-  leaves = [
-    (leaf if sharding is None else jax.sharding.reshard(leaf, jax.P()))
-    .astype(layout.dtype)
-    .ravel()
-    for leaf, sharding in zip(jax.tree.leaves(tree), layout.shardings, strict=True)
-  ]
-  return _fold(layout, jnp.concatenate(leaves))
+  leaves = jax.tree.leaves(tree)
+  if layout.mesh is None:
+    return _fold(layout, jnp.concatenate([_flat(layout, leaf) for leaf in leaves]))
+
+  def local(*pieces):
+    pairs = zip(layout.shares, pieces, strict=True)
+    kept = [_flat(layout, shares_lib.cut(*pair)) for pair in pairs]
+    return shares_lib.fold(jnp.concatenate(kept), layout.local_shape)
+
+  specs = _specs(layout)
+  leaves = [_laid(leaf, layout, spec) for leaf, spec in zip(leaves, specs, strict=True)]
+  return _on_each_device(local, layout, specs, layout.sharding.spec)(*leaves)
+
+
+def _flat(layout, leaf):
+  return leaf.astype(layout.dtype).ravel()
 
 
 def _fold(layout, flat):
-  chunks, chunk = layout.shape
-  return jnp.pad(flat, (0, chunks * chunk - layout.size)).reshape(chunks, chunk)
+  return shares_lib.fold(flat, layout.shape)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _unpack(layout, vector):
-  sizes = [math.prod(shape) for shape in layout.shapes]
-  flat = jnp.split(vector.ravel()[: layout.size], np.cumsum(sizes)[:-1])
-  described = zip(layout.shapes, layout.dtypes, layout.shardings, strict=True)
-  leaves = [
-    stacks.placed(part.reshape(shape).astype(dtype), sharding)
-    for part, (shape, dtype, sharding) in zip(flat, described, strict=True)
-  ]
-  return jax.tree.unflatten(layout.treedef, leaves)
+  if layout.mesh is None:
+    sizes = [math.prod(shape) for shape in layout.shapes]
+    flat = jnp.split(vector.ravel()[: layout.size], np.cumsum(sizes)[:-1])
+    described = zip(flat, layout.shapes, layout.dtypes, strict=True)
+    leaves = [part.reshape(shape).astype(dtype) for part, shape, dtype in described]
+    return jax.tree.unflatten(layout.treedef, leaves)
+
+  def local(vector):
+    parts = shares_lib.split(vector.ravel(), layout.shares)
+    described = zip(layout.shares, parts, layout.dtypes, strict=True)
+    # Narrow before it is sent.
+    return tuple(shares_lib.join(s, part.astype(dtype)) for s, part, dtype in described)
+
+  unpack = _on_each_device(local, layout, layout.sharding.spec, _specs(layout))
+  return jax.tree.unflatten(layout.treedef, unpack(vector))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _normal(layout, key):
-  return _fold(layout, jax.random.normal(key, (layout.size,), layout.dtype))
+  if layout.mesh is None:
+    return _fold(layout, jax.random.normal(key, (layout.size,), layout.dtype))
+
+  def local(key):
+    return shares_lib.normal(key, layout.shares, layout.local_shape, layout.dtype)
+
+  spec = jax.sharding.PartitionSpec()
+  return _on_each_device(local, layout, spec, layout.sharding.spec)(key)
+
+
+def _shares(leaves):
+  """What each device holds of each leaf, and the mesh; None on one device."""
+  shardings = [placing.mesh_sharding(leaf) for leaf in leaves]
+  meshes = {sharding.mesh for sharding in shardings if sharding is not None}
+  if not meshes:
+    return None, None
+  if len(meshes) > 1:
+    raise ValueError(
+      f'the parameters lie on {len(meshes)} different meshes: place all of them on one'
+    )
+  mesh = meshes.pop()
+  anywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  pairs = zip(shardings, leaves, strict=True)
+  return tuple(shares_lib.Share.of(s or anywhere, x.shape) for s, x in pairs), mesh
+
+
+def _specs(layout):
+  return tuple(share.spec for share in layout.shares)
+
+
+def _laid(leaf, layout, spec):
+  return placing.placed(leaf, jax.sharding.NamedSharding(layout.mesh, spec))
+
+
+def _on_each_device(function, layout, in_specs, out_specs):
+  # What all-gather returns is the same on the devices, which the check cannot see.
+  return jax.shard_map(
+    function,
+    mesh=layout.mesh,
+    in_specs=in_specs,
+    out_specs=out_specs,
+    check_vma=False,
+  )
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -112,9 +112,9 @@ def spectral_density(
       eigenvalues that are not outliers over num_matvecs, what so many steps resolve.
     tol: the residual, relative to the largest |theta|, at which a pair counts as
       converged.
-    max_basis_gib: memory in GiB for num_matvecs Lanczos vectors, the eigenvectors of
-      the outliers and the work vectors. Without ``pairs`` only so many outliers are
-      placed exactly as it leaves room for.
+    max_basis_gib: memory in GiB, on each device, for num_matvecs Lanczos vectors, the
+      eigenvectors of the outliers and the work vectors. Without ``pairs`` only so many
+      outliers are placed exactly as it leaves room for.
     check_symmetry: raise an error if the products are not those of a symmetric
       operator. It takes no further products: those of each run are compared.
 

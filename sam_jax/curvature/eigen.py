@@ -67,7 +67,8 @@ def eigenpairs(
     key: typed PRNG key of the random start vectors; None is ``jax.random.key(0)``.
     start: warm start: a pytree like a vector, or an `Eigenpairs` of a near operator.
     max_num_matvecs: stop after so many products, with what was reached.
-    max_basis_gib: memory for the basis in GiB; a restart keeps it below.
+    max_basis_gib: memory for the basis in GiB, on each device where the parameters lie
+      on several; a restart keeps it below.
     max_basis_size: number of basis vectors at which to restart in any case.
     verify: look for missed copies of repeated eigenvalues.
     check_symmetry: raise an error if the products are not those of a symmetric

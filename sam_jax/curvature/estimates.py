@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam_jax import placing
 from sam_jax.curvature import basis as basis_lib
 from sam_jax.curvature import lanczos, operators, stacks, transforms
 from sam_jax.curvature import pairs as pairs_lib
@@ -51,9 +52,9 @@ def trace(
     num_matvecs: number of products, at least 4; with pairs at least 2.
     key: typed PRNG key; None is ``jax.random.key(0)``.
     pairs: eigenpairs that are known already; the converged ones are used.
-    max_basis_gib: memory in GiB for the subspace and the work vectors. The subspace is
-      made as small as it must be, and probes take its place; the estimate stays
-      unbiased.
+    max_basis_gib: memory in GiB, on each device, for the subspace and the work vectors.
+      The subspace is made as small as it must be, and probes take its place; the
+      estimate stays unbiased.
 
   Returns:
     The estimate with its standard error.
@@ -119,8 +120,8 @@ def squared_frobenius_norm(
     num_matvecs: number of products, at least 2.
     key: typed PRNG key; None is ``jax.random.key(0)``.
     pairs: eigenpairs that are known already; the converged ones are used.
-    max_basis_gib: memory in GiB for their eigenvectors and the work vectors; the
-      smallest of them are left out where it is too little.
+    max_basis_gib: memory in GiB, on each device, for their eigenvectors and the work
+      vectors; the smallest of them are left out where it is too little.
 
   Returns:
     The estimate with its standard error.
@@ -212,10 +213,7 @@ def diagonal(
   _require_products(num_matvecs, 2)
   key = basis_lib.stream(key, basis_lib.DIAGONAL_STREAM)
   first = operator.num_matvecs
-  mean = squares = jax.tree.map(
-    lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)),
-    operator.structure,
-  )
+  mean = squares = stacks.zero(stacks.structure(operator.structure))
   sums = []
   for index in range(num_matvecs):
     probe = _signs(jax.random.fold_in(key, index), operator)
@@ -278,9 +276,12 @@ def _accumulate(mean, squares, count, probe, image):
 def _signs(key: jax.Array, operator: operators.Operator) -> Any:
   """A random vector of -1 and 1."""
   leaves, treedef = jax.tree.flatten(operator.structure)
+  return treedef.unflatten(placing.made(_signs_like, key, tuple(leaves)))
+
+
+def _signs_like(key, leaves):
   keys = jax.random.split(key, len(leaves))
-  signs = [
-    jax.random.rademacher(leaf_key, leaf.shape, leaf.dtype)
-    for leaf_key, leaf in zip(keys, leaves, strict=True)
+  return [
+    jax.random.rademacher(each, leaf.shape, leaf.dtype)
+    for each, leaf in zip(keys, leaves, strict=True)
   ]
-  return stacks.place(treedef.unflatten(signs), operator.structure)

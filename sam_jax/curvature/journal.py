@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam_jax import placing
 from sam_jax.curvature.operators import Operator, Params
 from sam_jax.curvature.transforms import paths
 
@@ -38,6 +39,11 @@ class JournaledOperator(Operator):
     self._inner = inner
     self._path = pathlib.Path(path)
     self._leaves, self._treedef = jax.tree.flatten(self.structure)
+    if not all(map(placing.is_addressable, self._leaves)):
+      raise ValueError(
+        'the operator has vectors on devices of several processes, and a journal is '
+        'the file of one: leave it out there'
+      )
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in self._leaves)
     self._entry = _DIGEST + size + _DIGEST
     self._room = max_gib * 2**30
@@ -97,7 +103,8 @@ class JournaledOperator(Operator):
     product, start = [], 0
     for leaf in self._leaves:
       values = np.frombuffer(content, leaf.dtype, leaf.size, start)
-      product.append(jnp.array(values.reshape(leaf.shape)))
+      values = values.reshape(leaf.shape)
+      product.append(placing.on_devices(values.copy(), leaf.dtype, leaf))
       start += values.nbytes
     return self._treedef.unflatten(product)
 
@@ -143,6 +150,7 @@ def journaled(
 
   Raises:
     OSError: the file cannot be written.
+    ValueError: the vectors lie on devices of several processes.
 
   >>> import os, tempfile
   >>> import jax.numpy as jnp

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam_jax import placing
 from sam_jax.curvature import products, stacks
 from sam_jax.curvature.products import Batch, LossFn, Params
 
@@ -18,7 +19,8 @@ class Operator:
   """A symmetric operator on pytrees, known by its products with vectors.
 
   Attributes:
-    structure: pytree of ``jax.ShapeDtypeStruct``: what its vectors look like.
+    structure: pytree of ``jax.ShapeDtypeStruct``: what its vectors look like, and how
+      they lie on a mesh of several devices.
     size: number of entries of a vector.
     dtype: the floating-point type of a vector (the widest of its leaves).
     num_matvecs: number of products taken so far.
@@ -37,7 +39,8 @@ class Operator:
   def matvec(self, vector: Params) -> Params:
     """Product with one vector; vector and result are pytrees like the parameters."""
     self.num_matvecs += 1
-    with jax.default_matmul_precision('highest'):
+    # Of some kernels JAX says only when it compiles that they have no such derivative.
+    with jax.default_matmul_precision('highest'), products.differentiated_twice():
       return self._matvec(vector)
 
 
@@ -90,16 +93,17 @@ class HessianOperator(Operator):
     super().__init__(self._product, self.params)
 
   def _product(self, vector: Params) -> Params:
-    total = _zeros(self.params)
+    shardings = tuple(leaf.sharding for leaf in jax.tree.leaves(self.structure))
+    total = stacks.zero(self.structure) if any(shardings) else _zeros(self.params)
     for index, (batch, fraction) in enumerate(self._batches):
       if index not in self._linear:
         self._linearize(index, batch)
       linear = self._linear.get(index)
       if linear is None:
         arguments = self._of_batch, self.params, batch, vector, total, fraction
-        total = _add_product(*arguments)
+        total = _add_product(shardings, *arguments)
       else:
-        total = _add_linear(linear, vector, total, fraction)
+        total = _add_linear(shardings, linear, vector, total, fraction)
     return total
 
   def _linearize(self, index: int, batch: Batch) -> None:
@@ -136,7 +140,8 @@ def hessian(
     loss_fn: ``loss_fn(params, batch) -> scalar``, the mean loss over the batch. Give
       the same function object to several calls and it is compiled once.
     params: where the Hessian is taken, any pytree. Leaves narrower than float32 are
-      widened to float32.
+      widened to float32. Where they lie on a mesh of devices, vectors lie as they do,
+      and a search's basis is divided among all devices.
     batches: pytrees of arrays, of any shapes. A list or an iterator is put on the
       device once; any other iterable is iterated anew for each product.
     weight: number of examples of a batch, ``weight(batch) -> number``. None: the
@@ -144,7 +149,7 @@ def hessian(
     max_cache_gib: memory in GiB for what all products at ``params`` share, the
       activations and their gradients; a product then costs two gradients. Batches for
       which there is no room compute it anew each time, a third more. The result is the
-      same.
+      same. On a mesh it counts what all devices hold together.
 
   Returns:
     The operator.
@@ -152,6 +157,8 @@ def hessian(
   Raises:
     TypeError: a leaf of ``params`` is not floating point.
     ValueError: there are no examples, or a weight is negative or not finite.
+    SecondDerivativeError: at the first product, if the loss holds a fused kernel, as of
+      attention, that has a rule for its gradient only; it is a TypeError.
 
   >>> import jax.numpy as jnp
   >>> loss = lambda w, x: 0.5 * jnp.mean((x @ w) ** 2)
@@ -193,7 +200,7 @@ class WeightedBatches:
     products.require_several(batches)
     self._weight = weight or products.leading_dimension
     if isinstance(batches, list | tuple | Iterator):
-      batches = [jax.device_put(batch) for batch in batches]
+      batches = [jax.tree.map(_on_device, batch) for batch in batches]
     self._batches = batches
     weights = [float(self._weight(batch)) for batch in batches]
     if not all(math.isfinite(w) and w >= 0 for w in weights):
@@ -214,10 +221,15 @@ class WeightedBatches:
         yield batch, fraction
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _add_product(product, params, batch, vector, total, fraction):
-  added = product(params, batch, vector)
-  return jax.tree.map(lambda t, p: t + fraction * p, total, added)
+def _on_device(leaf):
+  """A leaf of a batch; what lies on the devices of several processes stays there."""
+  there = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+  return leaf if there else jax.device_put(leaf)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+def _add_product(shardings, product, params, batch, vector, total, fraction):
+  return _add(shardings, total, fraction, product(params, batch, vector))
 
 
 @jax.jit
@@ -230,6 +242,17 @@ def _linearize(product, params, batch):
   return product.linearize(params, batch)
 
 
-@functools.partial(jax.jit, donate_argnums=2)
-def _add_linear(linear, vector, total, fraction):
-  return jax.tree.map(lambda t, p: t + fraction * p, total, linear(vector))
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _add_linear(shardings, linear, vector, total, fraction):
+  return _add(shardings, total, fraction, linear(vector))
+
+
+def _add(shardings, total, fraction, product):
+  product = _placed(shardings, product)
+  return _placed(shardings, jax.tree.map(lambda t, p: t + fraction * p, total, product))
+
+
+def _placed(shardings, tree):
+  """A tree whose leaves lie as the parameters do."""
+  leaves, treedef = jax.tree.flatten(tree)
+  return treedef.unflatten(map(placing.placed, leaves, shardings))

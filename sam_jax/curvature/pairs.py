@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_jax import npz
+from sam_jax import npz, placing
 from sam_jax.curvature import basis as basis_lib
 
 _LEAF = 'eigenvectors_{}'  # name of the leaves of that number in a file
@@ -71,7 +71,16 @@ class Eigenpairs:
     It holds the arrays under their names and, as ``eigenvectors_0``,
     ``eigenvectors_1`` and so on, the leaves of the eigenvectors: (r, *shape), of at
     least float32.
+
+    Raises:
+      ValueError: the eigenvectors lie on devices of several processes.
     """
+    if not all(x.is_fully_addressable for x in jax.tree.leaves(self.eigenvectors)):
+      raise ValueError(
+        'the eigenvectors lie on devices of several processes, and no one of these can '
+        'write them into an npz file: save .eigenvectors as a checkpoint, with '
+        'orbax.checkpoint.StandardCheckpointer'
+      )
     arrays = {name: getattr(self, name) for name in _SAVED}
     leaves = zip(*map(jax.tree.leaves, self.eigenvectors), strict=True)
     for index, parts in enumerate(leaves):
@@ -90,7 +99,8 @@ def load_eigenpairs(path: str | os.PathLike[str], like: Any) -> Eigenpairs:
   Args:
     path: the file.
     like: a pytree with the structure, shapes and dtypes of an eigenvector: the
-      parameters, or the ``structure`` of the operator.
+      parameters, or the ``structure`` of the operator. The eigenvectors lie on a mesh
+      as it does.
 
   Returns:
     The eigenpairs, bit for bit; to draw along, or a warm start for `eigenpairs`.
@@ -113,17 +123,18 @@ def load_eigenpairs(path: str | os.PathLike[str], like: Any) -> Eigenpairs:
   layout = basis_lib.Layout.of(like)
   with npz.read(path, (*_SAVED,), 'Eigenpairs.save') as arrays:
     names = [name for name in arrays.files if name not in _SAVED]
-    stacks = [arrays[_LEAF.format(index)] for index in range(len(names))]
+    saved_leaves = [arrays[_LEAF.format(index)] for index in range(len(names))]
     saved = {name: arrays[name] for name in _SAVED}
-  shapes = tuple(stack.shape[1:] for stack in stacks)
+  shapes = tuple(stack.shape[1:] for stack in saved_leaves)
   if shapes != layout.shapes:
     raise ValueError(
       f'{os.fspath(path)} holds eigenvectors with leaves of shapes {list(shapes)}, but '
       f'like= has {list(layout.shapes)}: give the parameters they were computed for'
     )
+  described = zip(saved_leaves, layout.dtypes, jax.tree.leaves(like), strict=True)
   leaves = [
-    [jnp.asarray(part, dtype) for part in stack]
-    for stack, dtype in zip(stacks, layout.dtypes, strict=True)
+    [placing.on_devices(part, dtype, leaf) for part in stack]
+    for stack, dtype, leaf in described
   ]
   return Eigenpairs(
     eigenvectors=tuple(map(layout.treedef.unflatten, zip(*leaves, strict=True))),

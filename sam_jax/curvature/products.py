@@ -7,8 +7,10 @@ made of the same functions are equal: what is compiled for one serves the other.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +21,16 @@ Params = Any
 Batch = Any
 LossFn = Callable[[Params, Batch], jax.Array]
 Product = Callable[[Params, Batch, Params], Params]
+
+# What JAX says of an operation that has no rule for a second derivative: a primitive
+# without a rule, custom_vjp inside custom_vjp, a callback, a Pallas kernel.
+_NO_RULE = re.compile(
+  'ifferentiation rule|forward-mode|support JVP|Linearization failed'
+)
+
+
+class SecondDerivativeError(TypeError):
+  """A loss has an operation that can be differentiated once, but not twice."""
 
 
 def hvp(
@@ -36,6 +48,10 @@ def hvp(
   Returns:
     ``H v``, a pytree like ``params``.
 
+  Raises:
+    SecondDerivativeError: the loss has a fused kernel that is differentiable only once;
+      it is a TypeError. Differentiable rules of `jax.custom_vjp` are no obstacle.
+
   >>> import jax.numpy as jnp
   >>> loss = lambda w: w['a'] ** 2 * w['b']
   >>> at = {'a': jnp.float32(3), 'b': jnp.float32(5)}
@@ -46,7 +62,25 @@ def hvp(
   References:
     Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 1994.
   """
-  return jax.jvp(jax.grad(loss_fn), (params,), (vector,))[1]
+  with differentiated_twice():
+    return jax.jvp(jax.grad(loss_fn), (params,), (vector,))[1]
+
+
+@contextlib.contextmanager
+def differentiated_twice() -> Iterator[None]:
+  """Turns what JAX says of a kernel that has only a gradient into a sentence."""
+  try:
+    yield
+  except (TypeError, NotImplementedError, ValueError) as error:
+    found = str(error).strip().split('\n')[0]
+    if isinstance(error, SecondDerivativeError) or not _NO_RULE.search(found):
+      raise
+    raise SecondDerivativeError(
+      'the loss cannot be differentiated forward over reverse, as exact products need '
+      f'it ("{found}"): a fused kernel in it has a rule for the gradient only; measure '
+      'with the plain implementation of that operation, for attention '
+      "jax.nn.dot_product_attention(..., implementation='xla')"
+    ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +123,7 @@ class HessianProduct:
     [6.0, 12.0]
     """
     gradient = jax.grad(lambda p: self.loss_fn(p, batch))
-    with jax.default_matmul_precision('highest'):
+    with jax.default_matmul_precision('highest'), differentiated_twice():
       return jax.linearize(gradient, at_least_float32(params))[1]
 
 

@@ -11,14 +11,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sam_jax import placing, probes
 
 _ROUNDING = 100.0  # shorter than so many eps, what is left of a unit vector is noise
 
 
 def structure(like: Any) -> Any:
-  """What vectors look like: shapes, dtypes of at least float32, explicit shardings.
+  """What vectors look like: shapes, dtypes of at least float32, shardings if known.
 
   Raises:
     TypeError: a leaf is not floating point.
@@ -31,45 +32,34 @@ def structure(like: Any) -> Any:
     lambda leaf: jax.ShapeDtypeStruct(
       leaf.shape,
       jnp.promote_types(leaf.dtype, jnp.float32),
-      sharding=explicit_sharding(leaf),
+      sharding=leaf.sharding,
     ),
     described,
   )
 
 
 def random(key: jax.Array, like: Any) -> Any:
-  """A standard normal vector, on an explicit mesh placed as a given one."""
-
-  return place(optax.tree.random_like(key, like), like)
-
-
-def place(vector: Any, like: Any) -> Any:
-  """A vector, on an explicit mesh placed as a given one."""
-  return jax.tree.map(lambda x, y: placed(x, explicit_sharding(y)), vector, like)
+  """A standard normal vector, on a mesh as a given one where that is known."""
+  return probes.gaussian(key, like)
 
 
-def placed(leaf: jax.Array, sharding: jax.sharding.NamedSharding | None) -> jax.Array:
-  """A leaf with an explicit sharding, if there is one."""
-  return leaf if sharding is None else jax.sharding.reshard(leaf, sharding)
+def place_stack(stack: Any, like: Any) -> Any:
+  """A stack of vectors each of which lies on a mesh as a given one."""
+
+  def leaf(x, y):
+    sharding = placing.mesh_sharding(y)
+    return x if sharding is None else placing.placed(x, _stacked(sharding))
+
+  return jax.tree.map(leaf, stack, like)
 
 
-def explicit_sharding(leaf: Any) -> jax.sharding.NamedSharding | None:
-  """The sharding of a leaf where that is part of its type."""
-  if not isinstance(leaf, jax.ShapeDtypeStruct):
-    leaf = jax.typeof(leaf)
-  sharding = leaf.sharding
-  if not isinstance(sharding, jax.sharding.NamedSharding):
-    return None
-  explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
-  return sharding if explicit else None
+def _stacked(sharding: NamedSharding) -> NamedSharding:
+  return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
 
 
 def describe(leaf: Any) -> jax.ShapeDtypeStruct:
-  """Shape, dtype and explicit sharding of a floating-point leaf of the parameters."""
-  if not isinstance(leaf, jax.ShapeDtypeStruct):
-    leaf = jax.ShapeDtypeStruct(
-      np.shape(leaf), jnp.result_type(leaf), sharding=explicit_sharding(leaf)
-    )
+  """Shape, dtype and sharding of a floating-point leaf of the parameters."""
+  leaf = placing.described(leaf)
   if not jnp.issubdtype(leaf.dtype, jnp.floating):
     raise TypeError(
       f'a leaf of the parameters has dtype {leaf.dtype}: only real floating-point '
@@ -80,15 +70,30 @@ def describe(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def zeros(vector: Any, count: int) -> Any:
   """A stack of zeros for vectors like a given one."""
-  return jax.tree.map(
-    lambda leaf: jnp.broadcast_to(jnp.zeros_like(leaf)[None], (count, *leaf.shape)),
-    vector,
-  )
+
+  def leaf(x):
+    sharding = placing.mesh_sharding(x)
+    if sharding is not None and placing.is_concrete(x):
+      return jnp.zeros((count, *x.shape), x.dtype, device=_stacked(sharding))
+    return jnp.broadcast_to(jnp.zeros_like(x)[None], (count, *x.shape))
+
+  return jax.tree.map(leaf, vector)
 
 
 def where(condition: jax.Array, x: Any, y: Any) -> Any:
   """One of two vectors."""
   return jax.tree.map(lambda x, y: jnp.where(condition, x, y), x, y)
+
+
+def zero(like: Any) -> Any:
+  """A vector of zeros that looks and lies as what a `structure` says."""
+
+  def leaf(x):
+    if placing.is_on_devices(x):  # Made on each device, never whole on one.
+      return jnp.zeros(x.shape, x.dtype, device=x.sharding)
+    return placing.placed(jnp.zeros(x.shape, x.dtype), x.sharding)
+
+  return jax.tree.map(leaf, like)
 
 
 def take(stack: Any, index: Any) -> Any:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam_jax import placing
 from sam_jax.curvature import stacks
 
 Params = Any
@@ -79,8 +80,10 @@ def top_eigenpairs(
       product(params, batch, v)`` with a product of `hessian_product`, or
       ``product.linearize(params, batch)``, which is faster where its memory is there.
     like: pytree of arrays or of ``jax.ShapeDtypeStruct`` with the shapes of a vector;
-      narrower leaves than float32 become float32. On a mesh with explicit axes the
-      vectors are sharded as these are.
+      narrower leaves than float32 become float32. On a mesh the vectors are sharded as
+      these are, where that is known: an array knows it outside of `jax.jit`, inside it
+      only on explicit axes. So on a mesh with automatic axes hand in shapes with a
+      ``sharding``, such as `Operator.structure`, or the compiler chooses.
     k: number of pairs.
     which: the 'largest' or the 'smallest' algebraically, or those of the largest
       absolute value, 'magnitude'.
@@ -131,7 +134,8 @@ def top_eigenpairs(
   block = min(k + num_guards, size)
   rows = min(max_basis_size or max(2 * block + 16, count + 1), size)
   explore = 0 if start is None or block == k else explore
-  search = _Search(matvec, k, block, rows, size, _ORDERS[which], key, explore)
+  order = _ORDERS[which]
+  search = _Search(matvec, structure, k, block, rows, size, order, key, explore)
   state = search.begin(queue)
 
   def go_on(state):
@@ -151,6 +155,7 @@ def top_eigenpairs(
 
   state = jax.lax.while_loop(go_on, turn, state)
   found = stacks.combine(state.basis, state.rotation[:, :block])
+  found = stacks.place_stack(found, structure)
   return TopEigenpairs(
     eigenvalues=state.values[:k],
     eigenvectors=jax.tree.map(lambda leaf: leaf[:k], found),
@@ -194,6 +199,7 @@ class _Search:
   """One search; its methods are pure functions of the state."""
 
   matvec: Callable[[Params], Params]
+  structure: Any
   k: int
   block: int
   rows: int
@@ -204,7 +210,7 @@ class _Search:
 
   def begin(self, queue: Any) -> _State:
     first = stacks.take(queue, 0)
-    empty = stacks.zeros(first, self.rows)
+    empty = stacks.place_stack(stacks.zeros(first, self.rows), self.structure)
     dtype = jnp.result_type(*jax.tree.leaves(first))
     square = jnp.zeros((self.rows, self.rows), dtype)
     return _State(
@@ -232,7 +238,8 @@ class _Search:
     candidate = stacks.where(number < count, queued, state.expansion)
     fresh = jax.random.fold_in(self.key, number)
     vector = stacks.orthonormal(candidate, state.basis, fresh)
-    image = self.matvec(vector)
+    vector = placing.place(vector, self.structure)
+    image = placing.place(self.matvec(vector), self.structure)
     basis = stacks.put(state.basis, vector, state.size)
     images = stacks.put(state.images, image, state.size)
     # Of the product itself: a vector taken from the new stack makes XLA copy the old.

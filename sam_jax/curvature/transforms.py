@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sam_jax.curvature import stacks
 from sam_jax.curvature.operators import Operator, Params
 
 _NUM_NAMED = 6  # so many paths an error names
@@ -136,8 +137,7 @@ def restricted(inner: Operator, keep: str | Callable[[str], bool]) -> Operator:
   leaves, treedef = jax.tree.flatten(inner.structure)
   # A leaf left out is None where it is kept, and the zeros that stand for it else.
   zeros = [
-    None if stay else jnp.zeros(leaf.shape, leaf.dtype)
-    for stay, leaf in zip(kept, leaves, strict=True)
+    None if stay else stacks.zero(leaf) for stay, leaf in zip(kept, leaves, strict=True)
   ]
 
   def select(tree):
