@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -213,6 +214,7 @@ class _Pieces:
     self._lengths = [int((x >= 0).sum()) for x in part.indices(0)]
     self._count = self.before(len(self._lengths))
     self._order_of = functools.lru_cache(2)(self._order)
+    self._lock = threading.Lock()
 
   def __reduce__(self) -> Any:
     return _Pieces, (self._examples, self._part, self._first)
@@ -235,7 +237,8 @@ class _Pieces:
 
   def __getitem__(self, piece: int) -> _Piece:
     epoch, piece = divmod(piece + self._first, self._count)
-    order, bounds = self._order_of(epoch)
+    with self._lock:  # Or every thread would make the order of a new epoch.
+      order, bounds = self._order_of(epoch)
     indices = order[bounds[piece] : bounds[piece + 1]].tolist()
     load = self._examples.load
     try:

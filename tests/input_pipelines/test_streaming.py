@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from input_pipelines import ArraySplit, DataError
+from input_pipelines import ArraySplit, DataError, batching
 from input_pipelines.streaming import StreamedSplit
 
 COUNT = 53
@@ -128,6 +128,23 @@ def test_streams_go_on_where_they_stand():
     assert set(_seen(test.batches(8).epoch(0)).values()) == {-1}
     stream = test._reader._idle[0]
   assert test._reader._idle[0] is stream
+
+
+def test_threads_share_the_order_of_an_epoch(monkeypatch):
+  made = []
+  indices = batching.Order.indices
+
+  def counted(order, *position):
+    made.append(position)
+    return indices(order, *position)
+
+  monkeypatch.setattr(batching.Order, 'indices', counted)
+  batches = StreamedSplit(Numbers(2000)).batches(200, seed=0)
+  for epoch in range(2):
+    assert len(_seen(batches.epoch(epoch))) == 2000
+  # For each stream once for its sizes, for an epoch's batches and for its pieces; the
+  # pieces of a third are under way.
+  assert len(made) <= 9
 
 
 def test_an_error_is_raised_as_it_is_and_ends_the_stream():

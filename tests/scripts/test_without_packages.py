@@ -105,3 +105,14 @@ def test_digits_and_images_are_trained_and_measured(tmp_path):
     assert np.isfinite(found['evaluation']['train_loss'])
   # Nothing can be prepared there.
   assert not (tmp_path / 'data').exists()
+
+
+def test_streaming_names_the_package_that_it_needs(tmp_path):
+  for part in ('train', 'val'):
+    for name in ('cat', 'dog'):
+      (tmp_path / part / name).mkdir(parents=True)
+      PIL.Image.new('RGB', (8, 8)).save(tmp_path / part / name / '1.jpg')
+  command = ['train.py', '--nocache', '--task=imagenet_vit', f'--dataset={tmp_path}']
+  done = _run([*command, f'--workdir={tmp_path / "run"}'])
+  assert done.returncode == 2 and done.stderr.count('\n') == 1
+  assert done.stderr.startswith('train.py: streaming images needs the package grain: ')
