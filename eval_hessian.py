@@ -29,6 +29,7 @@ import measurements
 import tasks
 from input_pipelines import DataError
 from reports import comparison, over_training
+from sam_jax.curvature import SecondDerivativeError
 from training import checkpoints, cli, compiler
 from training import config as config_lib
 from training.config import Config
@@ -189,4 +190,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  sys.exit(cli.run(main, sys.argv, errors=(DataError,)))
+  sys.exit(cli.run(main, sys.argv, errors=(DataError, SecondDerivativeError)))

@@ -25,7 +25,7 @@ Product = Callable[[Params, Batch, Params], Params]
 # What JAX says of an operation that has no rule for a second derivative: a primitive
 # without a rule, custom_vjp inside custom_vjp, a callback, a Pallas kernel.
 _NO_RULE = re.compile(
-  'ifferentiation rule|forward-mode|support JVP|Linearization failed'
+  'ifferentiation rule|forward-mode|support JVP|JVP with|Linearization failed'
 )
 
 
