@@ -179,11 +179,7 @@ class MeshParallel:
       return lay(found, self._rows(found) if _is_batch(found) else self._whole)
 
     compiled = jax.jit(on_mesh, donate_argnums=(0,) if donate else ())
-    if donate or jax.process_count() == 1 or jax.default_backend() != 'cpu':
-      return compiled
-    # Many programs at once, none of which waits for another, exhaust the threads in
-    # which CPU devices wait for those of other processes, and the run hangs.
-    return lambda *args: jax.block_until_ready(compiled(*args))
+    return compiled if donate else parallel.in_turn(compiled)
 
   def first(self, tree: Any) -> Any:
     """The whole arrays in NumPy, keys as typed keys; all processes take part."""
@@ -216,14 +212,10 @@ class MeshParallel:
     ):
       return self._whole
     names = self.mesh.axis_names
-    choices = [names, *([name] for name in names), []]
-    sizes = [math.prod(self.mesh.shape[name] for name in some) for some in choices]
-    most = max(
-      (place for place, size in enumerate(sizes) if count % size == 0),
-      key=lambda place: sizes[place],
-    )
-    spec = PartitionSpec(*[None] * axis, tuple(choices[most]))
-    return NamedSharding(self.mesh, spec)
+    size = lambda some: math.prod(self.mesh.shape[name] for name in some)
+    choices = [names, *((name,) for name in names), ()]
+    most = max((some for some in choices if count % size(some) == 0), key=size)
+    return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, most))
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:

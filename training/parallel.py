@@ -97,12 +97,13 @@ class DataParallel:
     donated = (0,) if donate else ()
     if not self.axis_name:
       return jax.jit(step, donate_argnums=donated)
-    return jax.pmap(
+    mapped = jax.pmap(
       step,
       axis_name=AXIS,
       devices=self._devices if jax.process_count() == 1 else None,
       donate_argnums=donated,
     )
+    return mapped if donate else in_turn(mapped)
 
   def replicate(self, tree: Any) -> Any:
     """Gives every leaf the axis of the replicas, one copy each, where there is one."""
@@ -244,6 +245,17 @@ def _join_cluster() -> None:
 
 def _say(message: str) -> None:
   print(message, file=sys.stderr, flush=True)
+
+
+def in_turn(function: Callable[..., Any]) -> Callable[..., Any]:
+  """On the CPU, waits for each call's result before the next call can be made.
+
+  Calls that do not depend on each other run at the same time. Several of them take all
+  the threads in which CPU devices wait for each other, and none comes to its end.
+  """
+  if jax.default_backend() != 'cpu':
+    return function
+  return lambda *args: jax.block_until_ready(function(*args))
 
 
 def is_primary() -> bool:

@@ -363,3 +363,18 @@ def test_a_state_is_made_where_it_belongs(small):
   on_one = mesh.variables(state)
   assert all(len(x.sharding.device_set) == 1 for x in jax.tree.leaves(on_one))
   assert_close(on_one, state, 0)
+
+
+@pytest.mark.parametrize('mesh', [None, _MESH])
+def test_any_number_of_evaluations_may_be_asked_for(mesh, small):
+  """Without waiting they took each other's threads, and the process was ended."""
+  config, problem = config_of('sgd', batch_size=8), small.problem()
+  devices = meshes.of(mesh)
+  shared = sharing.of(config, devices.num_replicas)
+  stepper = step.Stepper(problem, config, 1, shared, devices.axis_name)
+  state = devices.spread(devices.make(stepper.init, 0))
+  batches = problem.train.batches(8, shards=devices.axes)
+  batch = devices.place(next(batches.epoch(0)))
+  evaluate = devices.map(stepper.evaluate)
+  sums = [evaluate((state.params, state.batch_stats), batch) for _ in range(300)]
+  assert all(float(devices.first(found)['examples']) == 8 for found in sums)
