@@ -159,6 +159,21 @@ def test_one_that_is_told_to_stop_stops_all_with_a_checkpoint(tmp_path, told, nu
   assert checkpoints.load(workdir).position['step'] > 0
 
 
+@pytest.mark.slow
+def test_a_stop_may_come_to_the_others_late_and_often(tmp_path):
+  """As to the hosts of a job whose time is up: process 1 waits while 0 saves."""
+  workdir = tmp_path / 'run'
+  with _Job(tmp_path, *_LONG[:2], f'--workdir={workdir}') as job:
+    job.wait_for((workdir / 'metrics.jsonl').exists)
+    time.sleep(2)
+    job.processes[0].send_signal(signal.SIGTERM)
+    while any(process.poll() is None for process in job.processes):
+      time.sleep(0.1)
+      job.processes[1].send_signal(signal.SIGTERM)
+    assert (job.codes(), job.errors()) == ([143, 143], ['', ''])
+  assert checkpoints.load(workdir).position['step'] > 0
+
+
 # train.py, with a fault after step 3 of process FAULT_AT: an error, or a long sleep.
 _FAULTY = """
 import os, sys, time
