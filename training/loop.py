@@ -406,10 +406,12 @@ class _Stop:
   """Whether a signal has asked the run to save and leave."""
 
   signal_number = 0
+  agreed = False
 
   def requested(self, step_number: int) -> bool:
     """Asked on every process after the same steps; all get the same answer."""
-    return parallel.agree_to_stop(step_number, bool(self.signal_number))
+    self.agreed = parallel.agree_to_stop(step_number, bool(self.signal_number))
+    return self.agreed
 
 
 @contextlib.contextmanager
@@ -430,8 +432,10 @@ def _stop_signal() -> Iterator[_Stop]:
   try:
     yield stop
   finally:
+    # The signal of one process, obeyed by all, may come to the others while they wait.
+    obeyed = stop.agreed and jax.process_count() > 1
     for number, handler in before.items():
-      signal.signal(number, handler)
+      signal.signal(number, signal.SIG_IGN if obeyed else handler)
 
 
 def _other_params(workdir: str, problem: Problem) -> Any:

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 import train
-from training import checkpoints, peers
+from training import checkpoints, metrics, peers
 
 _ROOT = pathlib.Path(train.__file__).parent
 _GONE = (
@@ -110,16 +111,20 @@ _LONG = ['--epochs=4000', '--schedule=constant', '--checkpoint_every=3']
 
 
 @pytest.mark.parametrize(
-  'victim', [0, pytest.param(1, marks=pytest.mark.slow)], ids=['first', 'second']
+  ('victim', 'num'),
+  [(0, 2), *(pytest.param(*x, marks=pytest.mark.slow) for x in [(1, 2), (2, 3)])],
 )
-def test_a_process_that_is_killed_ends_the_other_with_a_sentence(tmp_path, victim):
+def test_a_process_that_is_killed_ends_the_others_with_a_sentence(
+  tmp_path, victim, num
+):
   workdir = tmp_path / 'run'
-  with _Job(tmp_path, *_LONG, f'--workdir={workdir}') as job:
+  with _Job(tmp_path, *_LONG, f'--workdir={workdir}', num=num) as job:
     job.wait_for(lambda: _saved(workdir, 3))
     job.processes[victim].kill()
-    codes = job.codes(patience=20)
-    assert codes[1 - victim] == peers.EXIT_CODE == 75
-    assert job.errors()[1 - victim] == _GONE.format(victim, _KILLED)
+    codes, errors = job.codes(patience=20), job.errors()
+  for other in set(range(num)) - {victim}:
+    assert codes[other] == peers.EXIT_CODE == 75
+    assert errors[other] == _GONE.format(victim, _KILLED)
 
 
 @pytest.mark.slow
@@ -151,6 +156,21 @@ def test_one_that_is_told_to_stop_stops_all_with_a_checkpoint(tmp_path, told, nu
     expected = [143, 143]
     expected[told] = 128 + number
     assert (job.codes(patience=60), job.errors()) == (expected, ['', ''])
+  assert checkpoints.load(workdir).position['step'] > 0
+
+
+@pytest.mark.slow
+def test_a_stop_may_come_to_the_others_late_and_often(tmp_path):
+  """As to the hosts of a job whose time is up: process 1 waits while 0 saves."""
+  workdir = tmp_path / 'run'
+  with _Job(tmp_path, *_LONG[:2], f'--workdir={workdir}') as job:
+    job.wait_for((workdir / 'metrics.jsonl').exists)
+    time.sleep(2)
+    job.processes[0].send_signal(signal.SIGTERM)
+    while any(process.poll() is None for process in job.processes):
+      time.sleep(0.1)
+      job.processes[1].send_signal(signal.SIGTERM)
+    assert (job.codes(), job.errors()) == ([143, 143], ['', ''])
   assert checkpoints.load(workdir).position['step'] > 0
 
 
@@ -385,3 +405,21 @@ def test_only_the_first_process_reads_and_writes(tmp_path):
       assert (job.codes(), job.errors()) == ([0, 0], ['', ''])
     assert not folders[1].exists()
   assert checkpoints.load(folders[0]).position['epoch'] == 2
+
+
+@pytest.mark.slow
+def test_a_process_with_empty_shards(tmp_path):
+  """One example a step and in each batch of an evaluation: process 1 has never one."""
+  flags = ['--batch_size=1', '--epochs=1', '--evaluate_every=1']
+  both, alone = tmp_path / 'both', tmp_path / 'alone'
+  with _Job(tmp_path, *flags, f'--workdir={both}') as job:
+    assert (job.codes(), job.errors()) == ([0, 0], ['', ''])
+  single = {0: ['--coordinator=']}
+  with _Job(tmp_path, *flags, f'--workdir={alone}', num=1, own=single) as job:
+    assert (job.codes(), job.errors()) == ([0], [''])
+  ours, theirs = (checkpoints.load(path).arrays for path in (both, alone))
+  for name in ours:
+    np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+  ours, theirs = (metrics.read(path)[-1] for path in (both, alone))
+  assert ours['split'] == theirs['split'] == 'test'
+  np.testing.assert_allclose(ours['loss'], theirs['loss'], rtol=1e-4)

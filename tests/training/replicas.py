@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import jraph
 import numpy as np
 
+import tasks
 from input_pipelines import ArraySplit, GraphSplit
 from models import GCN, WideResNet
 from training import (
   Classification,
-  Config,
   Problem,
   cli,
   feeding,
@@ -37,7 +37,7 @@ METHODS = {
   'sam': {'optimizer': 'sam', 'rho': 0.2},
   'sam_per_group': {'optimizer': 'sam', 'rho': 0.2},
   'asam': {'optimizer': 'asam', 'rho': 0.5},
-  'looksam': {'optimizer': 'looksam', 'rho': 0.2},
+  'looksam': {'optimizer': 'looksam', 'rho': 0.2, 'looksam_every': 3},
 }
 
 
@@ -87,13 +87,13 @@ def _graphs(num):
 def problem_of(network):
   """The problem with a small network: mlp, gcn or wrn."""
   if network == 'mlp':
-    model, split, example = Network(), _rows(26, (5,)), np.zeros((1, 5))
+    model, split, example = Network(), _rows(53, (5,)), np.zeros((1, 5))
   elif network == 'wrn':
     model = WideResNet(num_classes=3, depth=10, width=1)
-    split, example = _rows(26, (8, 8, 3)), np.zeros((1, 8, 8, 3))
+    split, example = _rows(53, (8, 8, 3)), np.zeros((1, 8, 8, 3))
   else:
     model = GCN(num_classes=2, features=(8, 8), hidden_features=8, dropout_rate=0.3)
-    split = _graphs(26)
+    split = _graphs(53)
     example = next(split.batches(1).epoch(0))['inputs']
   classes = 2 if network == 'gcn' else 3
   return Problem(
@@ -107,17 +107,12 @@ def problem_of(network):
 
 
 def config_of(method, num_replicas):
-  """Its configuration; every second batch is of 10 examples, unequally dealt."""
+  """Its configuration; every second batch is of 21 examples, unequally dealt."""
   fields = {'base_optimizer': 'momentum', 'learning_rate': 0.1, **METHODS[method]}
   if method == 'sam_per_group':
-    fields['m_sharpness'] = 16 // num_replicas
-  hyperparameters = {'looksam_every': 3} if method == 'looksam' else {}
-  return Config(
-    **fields,
-    batch_size=16,
-    weight_decay=0.01,
-    schedule='constant',
-    hyperparameters=hyperparameters,
+    fields['m_sharpness'] = 32 // num_replicas
+  return tasks.resolve(
+    'digits_mlp', **fields, batch_size=32, weight_decay=0.01, schedule='constant'
   )
 
 
@@ -133,7 +128,7 @@ def states(case, num_replicas, mapping, feed_of):
   method, network = case.split()
   problem, config = problem_of(network), config_of(method, num_replicas)
   shared = sharing_lib.of(config, num_replicas)
-  batches = problem.train.batches(16, shards=(num_replicas, *shared.axes), seed=0)
+  batches = problem.train.batches(32, shards=(num_replicas, *shared.axes), seed=0)
   stepper = step_lib.Stepper(
     problem, config, batches.steps_per_epoch, shared, parallel.AXIS
   )
