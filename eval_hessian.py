@@ -30,7 +30,7 @@ import tasks
 from input_pipelines import DataError
 from reports import comparison, over_training
 from sam_jax.curvature import SecondDerivativeError
-from training import checkpoints, cli, compiler
+from training import checkpoints, cli, compiler, meshes
 from training import config as config_lib
 from training.config import Config
 from training.errors import UsageError
@@ -52,6 +52,12 @@ def _define_flags() -> cli.Flags:
   flags.heading('How')
   for field in dataclasses.fields(measurements.Options):
     flags.define(field.name, str(field.type), field.metadata['help'], field.default)
+  flags.define(
+    'mesh',
+    'str',
+    'splits parameters, vectors and batches over all devices, as data:4,fsdp:2; unset, '
+    'one device has all',
+  )
   flags.define('cache', 'bool', 'keep compiled programs in ~/.cache/sam_jax', True)
   flags.heading('Where the data lies, if not where the run found it')
   for name in ('manual_dir', 'data_dir'):
@@ -101,9 +107,10 @@ def _steps(values: Sequence[str], workdir: pathlib.Path) -> list[int]:
 class _Measurers:
   """A measurer for each problem: data are loaded, programs compiled once for many."""
 
-  def __init__(self, options: Any, only: Sequence[str] | None):
+  def __init__(self, options: Any, only: Sequence[str] | None, mesh: str | None):
     self._options = options
     self._only = only
+    self._mesh = None if mesh is None else meshes.MeshParallel(mesh)
     self._last: tuple[str, measurements.Measurer] | None = None
 
   def of(self, config: Config) -> measurements.Measurer:
@@ -114,7 +121,7 @@ class _Measurers:
     if self._last is None or self._last[0] != key:
       self._last = None  # Its data go before others come.
       problem = tasks.build(config)
-      measurer = measurements.Measurer(problem, self._options, self._only)
+      measurer = measurements.Measurer(problem, self._options, self._only, self._mesh)
       self._last = key, measurer
     return self._last[1]
 
@@ -179,7 +186,7 @@ def main(argv: Sequence[str]) -> None:
   compiler.use_all_cores()
   if flags.cache:
     compiler.keep_programs()
-  measurers = _Measurers(options, only)
+  measurers = _Measurers(options, only, flags.mesh)
   for (workdir, config), steps in zip(runs, series, strict=False):
     _measure_steps(workdir, config, steps, measurers)
   if flags.steps is not None:

@@ -31,7 +31,7 @@ class Context:
     network: what is measured.
     objective: its loss and its examples.
     options: how it is measured.
-    params: its parameters on the device, in the type of the options.
+    params: its parameters on the devices, in the type of the options.
     folder: where result files go; None while a network is trained.
     parts: what a killed measurement need not repeat; None while a network is trained.
   """
@@ -50,8 +50,9 @@ class Context:
     self.options = objective.options
     self.folder = folder
     self.parts: Parts | None = None
-    self.params = jax.device_put(cast(network.params, self.options.dtype))
-    self._batch_stats = jax.device_put(cast(network.batch_stats, self.options.dtype))
+    self.params = self._placed(network.params)
+    mesh, stats = objective.mesh, cast(network.batch_stats, self.options.dtype)
+    self._batch_stats = mesh.copy(stats) if mesh else jax.device_put(stats)
     self._fingerprint = fingerprint
     self._stages = stages
     self._done: dict[str, Part] = {}
@@ -157,8 +158,13 @@ class Context:
     if self.options.preconditioner == 'adam':
       state = network_lib.second_moments(self.network)
       scale = curvature.adam_preconditioner(state)
-      return jax.device_put(cast(scale, self.options.dtype))
+      return self._placed(scale)
     return None
+
+  def _placed(self, tree: Any) -> Any:
+    """A tree like the parameters in the type of the options, on the devices."""
+    tree, mesh = cast(tree, self.options.dtype), self.objective.mesh
+    return mesh.spread(tree) if mesh else jax.device_put(tree)
 
   def search(
     self,

@@ -12,6 +12,7 @@ import numpy as np
 
 from training import problem as problem_lib
 from training.errors import UsageError
+from training.meshes import MeshParallel
 from training.problem import Batch, Problem
 
 SPLITS = ('train', 'test')
@@ -27,11 +28,13 @@ class Objective:
   Attributes:
     problem: what was trained.
     options: what is measured.
+    mesh: over which parameters and examples are split; None for one device.
   """
 
-  def __init__(self, problem: Problem, options: Any):
+  def __init__(self, problem: Problem, options: Any, mesh: MeshParallel | None = None):
     self.problem = problem
     self.options = options
+    self.mesh = mesh
     self._drawn: dict[tuple[str, int, int], list[Batch]] = {}
     model = problem.model
     if options.batch_norm == 'train' and hasattr(model, 'dropout_rate'):
@@ -79,7 +82,8 @@ class Objective:
     """
     what = split, batch_size, count
     if what not in self._drawn:
-      self._drawn[what] = jax.device_put(list(self._draw(*what)))
+      place = self.mesh.place if self.mesh else jax.device_put
+      self._drawn[what] = [place(batch) for batch in list(self._draw(*what))]
     return self._drawn[what]
 
   def _draw(self, split: str, batch_size: int, count: int) -> Iterator[Batch]:

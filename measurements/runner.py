@@ -21,6 +21,7 @@ from sam_jax.measuring.files import fingerprint
 from training import config as config_lib
 from training import problem as problem_lib
 from training.errors import UsageError
+from training.meshes import MeshParallel
 from training.problem import Problem
 from training.ticker import Ticker
 
@@ -33,20 +34,27 @@ class Measurer:
     chosen: the measurements that are made, by name.
   """
 
-  def __init__(self, problem: Problem, options: Any, only: Iterable[str] | None = None):
+  def __init__(
+    self,
+    problem: Problem,
+    options: Any,
+    only: Iterable[str] | None = None,
+    mesh: MeshParallel | None = None,
+  ):
     """Prepares nothing yet.
 
     Args:
       problem: that of the networks.
       options: an `Options`.
       only: names of the measurements that are wanted; None is all.
+      mesh: over which parameters, vectors and examples are split; None for one device.
 
     Raises:
       UsageError: there is no such measurement.
     """
     self.problem = problem
     self.chosen = registry.choose(only, options)
-    self._objective = Objective(problem, options)
+    self._objective = Objective(problem, options, mesh)
 
   def measure(self, network: Network, folder: pathlib.Path) -> dict[str, Any]:
     """Measures a network and writes the files of a folder.
