@@ -97,16 +97,16 @@ def assert_lies_by_the_rule(mesh, state):
   return split
 
 
-def assert_equals_one_device(problem, config, num_steps, tolerance=1e-12):
+def assert_equals_one_device(problem, config, num_steps):
   mesh = meshes.MeshParallel(_MESH)
   expected = steps_of(problem, config, None, num_steps)
   found = steps_of(problem, config, mesh, num_steps)
   for one, many in zip(expected, found, strict=True):
     assert_lies_by_the_rule(mesh, many[0])
-    assert_close(many[1], one[1], tolerance)
+    assert_close(many[1], one[1])
   assert assert_lies_by_the_rule(mesh, many[0].params) >= 2
   assert assert_lies_by_the_rule(mesh, many[0].opt_state) >= 2
-  assert_close(many[0], one[0], tolerance)
+  assert_close(many[0], one[0])
 
 
 _FAMILY = sorted(set(methods.found()) - {'sam', 'asam', 'looksam', 'esam'})
@@ -191,7 +191,7 @@ def test_ten_steps_of_a_convolutional_network_equal_one_device(optimizer, small,
     example_inputs=np.zeros((1, 8, 8, 3)),
   )
   config = config_of(optimizer, batch_size=8)
-  assert_equals_one_device(problem, config, 10, tolerance=1e-11)
+  assert_equals_one_device(problem, config, 10)
 
 
 def graphs(num_graphs):
