@@ -255,7 +255,7 @@ def main(argv: Sequence[str]) -> None:
   if flags.cache:
     compiler.keep_programs()
   parallel.initialize(flags.coordinator, flags.num_processes, flags.process_id)
-  parallel.check_same(points)
+  parallel.check_same(points, mesh=flags.mesh)
   options = {
     'num_devices': flags.devices,
     'mesh': flags.mesh,

@@ -298,16 +298,19 @@ def broadcast_json(value: Any) -> Any:
   return json.loads(received.rstrip(b'\0'))
 
 
-def check_same(configs: Mapping[str, Any]) -> None:
+def check_same(configs: Mapping[str, Any], **flags: Any) -> None:
   """Checks that all processes are to train the same.
 
   Args:
     configs: the configurations of all runs by their folder.
+    **flags: what else has to be the same, as the mesh.
 
   Raises:
     UsageError: this process's differ from the primary one's.
   """
-  fields = {name: dataclasses.asdict(config) for name, config in configs.items()}
+  fields = {
+    name: {**dataclasses.asdict(config), **flags} for name, config in configs.items()
+  }
   text = json.dumps(fields)
   mine = {
     'first': next(iter(json.loads(text).values())),
