@@ -154,10 +154,10 @@ def plan(
     UsageError: not even one member fits.
   """
   fitting = needed.most(bytes_limit, mapping)
-  own, there = needed.state + needed.work, f'{bytes_limit / GIB:.3g} GiB'
+  own, there = needed.state + needed.work, _size(bytes_limit)
   if fitting < 1:
     raise UsageError(
-      f'--population: one member needs {(needed.shared + own) / GIB:.3g} GiB and a '
+      f'--population: one member needs {_size(needed.shared + own)} and a '
       f'device has {there} for it: raise --population_gib, lower --batch_size, or '
       'leave --population out.'
     )
@@ -165,7 +165,12 @@ def plan(
   several = f' in {len(parts)} populations, one after the other' * (len(parts) > 1)
   say(
     f'{len(group)} runs share a program and are trained as one{several}: a member '
-    f'needs {own / GIB:.3g} GiB and the data {needed.shared / GIB:.3g} GiB, and each '
+    f'needs {_size(own)} and the data {_size(needed.shared)}, and each '
     f'of {num_devices} device(s) has {there}'
   )
   return parts
+
+
+def _size(count: int) -> str:
+  """A number of bytes for readers."""
+  return f'{count / GIB:.1f} GiB' if count >= GIB else f'{count / (1 << 20):.2g} MiB'

@@ -362,37 +362,8 @@ class Run:
     """Evaluates the last parameters, and gives each member what a run ends with."""
     train, _ = self._evaluate(self._train_source)
     test, totals = self._evaluate(self._test_source)
-    members = members_lib.fetch(self._state.members)
-    for index in np.flatnonzero(self._alive):
-      if file := self._files[index]:
-        state = members_lib.unstack(members, index)
-        one = lambda tree, i=index: jax.tree.map(lambda x: x[i], tree)
-        self._finish_member(index, state, file, one(train), one(test), one(totals))
-    remove(self._folder)
-
-  def _finish_member(
-    self,
-    index: int,
-    state: step.TrainState,
-    file: metrics_lib.MetricsFile,
-    train: dict[str, float],
-    test: dict[str, float],
-    totals: Any,
-  ) -> None:
-    name = self._names[index]
-    folder, config = self._workdir / name, self._configs[name]
-    train, test = ({n: float(x) for n, x in found.items()} for found in (train, test))
-    if file.missing([self._epoch]):
-      common = {'step': self._step, 'epoch': self._epoch, 'seconds': self._seconds()}
-      file.write(**common, split='test', **test)
-    file.flush()
-    if self._step not in checkpoints.steps(folder):  # of a start that was killed here
-      saved = checkpoints.Checkpoints(folder, config.keep_checkpoints)
-      with contextlib.closing(saved):
-        saved.save(state, self._position())
     facts = {
       'steps': self._step,
-      'num_parameters': sum(x.size for x in jax.tree.leaves(state.params)),
       'wall_time_seconds': self._seconds(),
       'input_wait_share': self._stopwatch.share,
       'device': jax.local_devices()[0].device_kind,
@@ -404,6 +375,39 @@ class Run:
         'devices': self._members.num_devices,
       },
     }
+    members, position = members_lib.fetch(self._state.members), self._position()
+    for index in np.flatnonzero(self._alive):
+      if file := self._files[index]:
+        one = lambda tree, i=index: jax.tree.map(lambda leaf: leaf[i], tree)
+        ends = [
+          {name: float(x) for name, x in one(split).items()} for split in (train, test)
+        ]
+        if file.missing([self._epoch]):
+          common = {'step': self._step, 'epoch': self._epoch}
+          file.write(**common, seconds=self._seconds(), split='test', **ends[1])
+        file.flush()
+        state = members_lib.unstack(members, index)
+        self._finish_member(index, state, position, *ends, one(totals), facts)
+    remove(self._folder)
+
+  def _finish_member(
+    self,
+    index: int,
+    state: step.TrainState,
+    position: dict[str, Any],
+    train: dict[str, float],
+    test: dict[str, float],
+    totals: Any,
+    facts: dict[str, Any],
+  ) -> None:
+    """Writes the last checkpoint of a member, its pictures and its summary."""
+    name = self._names[index]
+    folder, config = self._workdir / name, self._configs[name]
+    if self._step not in checkpoints.steps(folder):  # of a start that was killed here
+      saved = checkpoints.Checkpoints(folder, config.keep_checkpoints)
+      with contextlib.closing(saved):
+        saved.save(state, position)
+    num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
     summary.finish(
       folder,
       config,
@@ -411,7 +415,7 @@ class Run:
       train=train,
       test=test,
       totals=totals,
-      facts=facts,
+      facts={**facts, 'num_parameters': num_parameters},
     )
 
   def _seconds(self) -> float:
