@@ -78,6 +78,12 @@ def train(
     raise UsageError(
       '--population trains in one process: leave out --coordinator and --num_processes.'
     )
+  if all(len(group) == 1 for group in grouping.groups(configs)):
+    raise UsageError(
+      '--population: no two of these runs share a program, which may differ in seed, '
+      'rho, learning rate and weight decay only (each zero for all or for none): give '
+      '--seeds or more values, or leave --population out.'
+    )
   for config in configs.values():
     config_lib.validate(config)
     optimizers.validate(config)
