@@ -260,7 +260,9 @@ def _sweep(points, swept, workdir: pathlib.Path, flags, options) -> None:
     if flags[name].present:
       raise UsageError(f'--{name} is for a single run: a sweep measures its ends.')
   measure = _lambda_max if flags.sharpness else None
-  together = population.Options(flags.population_gib, **options)
+  together = population.Options(
+    flags.population_gib, num_devices=flags.devices, timing=flags.timing
+  )
   run = functools.partial(
     sweep.run,
     swept=swept,

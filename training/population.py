@@ -30,7 +30,7 @@ from training import config as config_lib
 from training.config import Config
 from training.errors import UsageError
 from training.members import Members
-from training.population_run import DIVERGED, FILE_NAME
+from training.population_run import FILE_NAME
 from training.problem import Problem
 
 FOLDER = 'population'
@@ -116,14 +116,11 @@ def train(
         mapping = run(part, problem, _free(workdir / FOLDER), mapping)
 
 
-def diverged(workdir: pathlib.Path) -> int | None:
-  """The step at which the member of a population diverged; None if it did not."""
-  path = workdir / DIVERGED
-  return json.loads(path.read_text())['step'] if path.exists() else None
-
-
 def _is_over(config: Config, workdir: pathlib.Path) -> bool:
-  return bool(extension.finished(config, workdir)) or diverged(workdir) is not None
+  return (
+    bool(extension.finished(config, workdir))
+    or checkpoints.diverged(workdir) is not None
+  )
 
 
 def _is_new(config: Config, workdir: pathlib.Path) -> bool:

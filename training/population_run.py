@@ -38,7 +38,6 @@ from training.problem import Problem
 from training.progress import MembersProgress
 
 FILE_NAME = 'population.json'
-DIVERGED = 'diverged.json'
 # Of the time, what checkpoints at the ends of short epochs may take.
 _SAVING_SHARE = 0.05
 
@@ -181,6 +180,8 @@ class Run:
     for index, config, folder in open_ones:
       if not self._step:
         metrics_lib.keep_earlier(folder, any_line=False)
+      if self._alive[index]:  # A start that was killed may have come further.
+        (folder / checkpoints.DIVERGED).unlink(missing_ok=True)
       tested = frozenset(config_lib.tested(config, self._epoch))
       file = metrics_lib.MetricsFile(
         folder, self._step or -1, self._score.name, tested=tested, timing=timing
@@ -282,7 +283,7 @@ class Run:
         f'at step {number}. It stops there; the other members go on.'
       )
       if self._files[index]:
-        path = self._workdir / name / DIVERGED
+        path = self._workdir / name / checkpoints.DIVERGED
         config_lib.write_json(path, {'step': number, 'note': sentence})
       self._progress.say(sentence)
     self._died = np.array(died)

@@ -11,8 +11,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from training import checkpoints, extension, loop, methods, optimizers, parallel
 from training import config as config_lib
-from training import extension, loop, methods, optimizers, parallel
 from training import population as population_lib
 from training.config import Config
 from training.errors import TrainingDiverged, UsageError
@@ -181,7 +181,7 @@ def run(
   for number, (folder, config) in enumerate(configs.items(), 1):
     if parallel.is_primary():
       print(f'[{number}/{len(configs)}] {folder}')
-    died = population_lib.diverged(workdir / folder)
+    died = checkpoints.diverged(workdir / folder)
     if died is not None:
       diverged[folder] = died
       continue

@@ -89,7 +89,7 @@ def _files(workdir):
   """The bytes of the text files, and the numbers of the last checkpoints."""
   found = {}
   for path in sorted(workdir.rglob('*.jsonl')) + sorted(
-    workdir.rglob(population.DIVERGED)
+    workdir.rglob(checkpoints.DIVERGED)
   ):
     found[str(path.relative_to(workdir))] = path.read_bytes()
   for folder in _CONFIGS:
@@ -154,10 +154,12 @@ def test_a_member_that_diverges_stops_and_is_told(whole, small, capsys, tmp_path
     'diverged.json',
     'metrics.jsonl',
   }
-  number = population.diverged(whole / _BAD)
+  number = checkpoints.diverged(whole / _BAD)
   assert number in (1, 2, 3)
   assert all(line['step'] < number for line in metrics.read(whole / _BAD))
-  assert population.diverged(whole / 'a/one') is None
+  assert checkpoints.diverged(whole / 'a/one') is None
+  with pytest.raises(UsageError, match=f'diverged at step {number} and has no ch'):
+    checkpoints.load(whole / _BAD)
   # A second start neither trains anything nor fails.
   files = {p: p.stat().st_mtime_ns for p in whole.rglob('*')}
   _train(small.problem(), whole)
@@ -240,7 +242,7 @@ def test_a_sweep_leaves_the_diverged_out_of_its_means(whole, small):
   found = sweep.run(
     _CONFIGS, lambda config: small.problem(), whole, population=_VMAP, **options
   )
-  number = population.diverged(whole / _BAD)
+  number = checkpoints.diverged(whole / _BAD)
   assert found['diverged'] == {_BAD: number}
   assert list(found['runs']) == ['a/one', 'a/two']
   assert json.loads((whole / 'sweep.json').read_text())['diverged'] == {_BAD: number}
