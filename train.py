@@ -34,6 +34,7 @@ from training import (
   extension,
   hooks,
   loop,
+  members,
   methods,
   metrics,
   optimizers,
@@ -90,6 +91,12 @@ def _define_flags(task: str, names: Sequence[str]) -> cli.Flags:
     'population_gib',
     'float',
     'memory that --population may take; unset, most of what the devices have',
+  )
+  flags.define(
+    'population_mapping',
+    'str',
+    'vmap computes the members of --population side by side, map one after the other '
+    'in a loop; unset, vmap on accelerators, and on a CPU the faster',
   )
   flags.define(
     'sharpness', 'bool', 'measure lambda_max after each run of a sweep', True
@@ -236,9 +243,14 @@ def _lambda_max(config, problem, workdir: pathlib.Path) -> dict[str, Any]:
 
 def _check_population(flags, *, single: bool) -> None:
   """Checks the flags of populations, before anything is read."""
-  gib = flags.population_gib
-  if gib is not None and not flags.population:
-    raise UsageError(f'--population_gib={gib} has no effect without --population.')
+  gib, mapping = flags.population_gib, flags.population_mapping
+  for name in ('population_gib', 'population_mapping'):
+    if flags[name].present and not flags.population:
+      raise UsageError(
+        f'--{name}={flags[name].value} has no effect without --population.'
+      )
+  if mapping is not None:
+    config_lib.require_choice('population_mapping', mapping, members.MAPPINGS)
   if gib is not None and not 0 < gib < math.inf:
     raise UsageError(f'--population_gib={gib}: must be a positive number of GiB.')
   if not flags.population:
@@ -261,7 +273,7 @@ def _sweep(points, swept, workdir: pathlib.Path, flags, options) -> None:
       raise UsageError(f'--{name} is for a single run: a sweep measures its ends.')
   measure = _lambda_max if flags.sharpness else None
   together = population.Options(
-    flags.population_gib, num_devices=flags.devices, timing=flags.timing
+    flags.population_gib, flags.population_mapping, flags.devices, flags.timing
   )
   run = functools.partial(
     sweep.run,

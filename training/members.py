@@ -21,7 +21,8 @@ AXIS = 'members'
 DIED = 'died'
 # How one device goes through its members: side by side, or one after the other.
 MAPPINGS = ('vmap', 'map')
-_TIMED_STEPS = 3
+# Fewest and most steps that are timed, and what is enough: others use the cores too.
+_TIMED_STEPS, _TIMED_SECONDS = (3, 100), 1.0
 
 
 class Population(NamedTuple):
@@ -127,13 +128,15 @@ class Members:
   def time(
     self, phase: bool | None, state: Population, arrays: Any, items: Any
   ) -> float:
-    """Seconds that a compiled step takes; the least of a few, on copies of a state."""
+    """Seconds that a compiled step takes: the least of many, on copies of a state."""
     state, seconds = jax.tree.map(jnp.copy, state), []
-    for _ in range(1 + _TIMED_STEPS):
+    while len(seconds) < 1 + _TIMED_STEPS[0] or (
+      sum(seconds[1:]) < _TIMED_SECONDS and len(seconds) < 1 + _TIMED_STEPS[1]
+    ):
       before = time.perf_counter()
       state, metrics = jax.block_until_ready(self.train[phase](state, arrays, items))
       seconds.append(time.perf_counter() - before)
-    return min(seconds[1:])
+    return min(seconds[1:])  # The first one compiles.
 
   def place(self, state: Population) -> Population:
     """Moves a population to the devices."""

@@ -308,7 +308,7 @@ class Run:
     self._write(means, **common, split='train', examples_per_second=speed)
     if test:
       self._write(test, **common, split='test')
-      self._progress.test(test[self._score.name])
+      self._progress.test(test[self._score.name][self._alive])
 
   def _evaluate(self, source: feeding.Source) -> tuple[dict[str, np.ndarray], Any]:
     """Mean loss and score of a split in evaluation mode, and the sums of its totals.

@@ -87,8 +87,9 @@ class MembersProgress(Progress):
       super().step(epoch, step, means)
 
   def test(self, values: np.ndarray) -> None:
-    """Takes the newest main scores of the test split."""
-    super().test(np.median(values[np.isfinite(values)]))
+    """Takes the newest main scores of the test split of those that go on."""
+    if values.size:
+      super().test(np.median(values))
 
 
 def _loss(means: dict[str, float]) -> str:

@@ -79,6 +79,8 @@ def _run(*arguments):
     ('sam', "unexpected argument 'sam'"),
     ('--population', '--population has no effect on a single run'),
     ('--population_gib=2 --seeds=2', '--population_gib=2.0 has no effect without'),
+    ('--population_mapping=map --seeds=2', '--population_mapping=map has no effect'),
+    ('--population --population_mapping=pmap --seeds=2', 'choose one of vmap, map'),
     ('--population --population_gib=0 --seeds=2', '--population_gib=0.0: must be a'),
     ('--population --population_gib=1e-9 --seeds=2', 'one member needs'),
     ('--population --seeds=2 --track=edges', '--track is for a single run'),

@@ -167,7 +167,7 @@ def test_a_member_that_diverges_stops_and_is_told(whole, small, capsys, tmp_path
   assert capsys.readouterr().out == ''
 
 
-@pytest.mark.parametrize('at', [1, 4])
+@pytest.mark.parametrize('at', [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_killed_population_ends_as_if_never_stopped(at, whole, small, tmp_path):
   def kill():
     raise _Killed
@@ -188,6 +188,7 @@ def test_a_killed_population_ends_as_if_never_stopped(at, whole, small, tmp_path
   assert not (workdir / population.FOLDER).exists()
 
 
+@pytest.mark.slow
 def test_a_population_killed_while_it_ends(whole, small, tmp_path, monkeypatch):
   """One member has its summary, the other only its checkpoint."""
   finish, calls = summary.finish, []
@@ -210,6 +211,7 @@ def test_a_population_killed_while_it_ends(whole, small, tmp_path, monkeypatch):
   )
 
 
+@pytest.mark.slow
 def test_a_signal_saves_the_population_first(whole, small, tmp_path, capsys):
   def send():
     os.kill(os.getpid(), signal.SIGTERM)
@@ -224,6 +226,7 @@ def test_a_signal_saves_the_population_first(whole, small, tmp_path, capsys):
   assert _files(tmp_path) == _files(whole)
 
 
+@pytest.mark.slow
 def test_a_member_goes_on_alone_for_more_epochs(whole, small, tmp_path):
   """As a run of all epochs alone, within float32."""
   config = _like(epochs=3)
@@ -252,13 +255,7 @@ def test_a_sweep_leaves_the_diverged_out_of_its_means(whole, small):
   assert row['test_loss'] == summary.read(whole / 'a/one')['final']['test_loss']
   (whole / 'sweep.json').unlink()
   with pytest.raises(TrainingDiverged, match='all 1 runs in .* have diverged'):
-    sweep.run(
-      {_BAD: _CONFIGS[_BAD]},
-      lambda config: small.problem(),
-      whole,
-      population=_VMAP,
-      **options,
-    )
+    sweep.run({_BAD: _CONFIGS[_BAD]}, lambda config: small.problem(), whole, **options)
 
 
 def test_chunks_choices_and_what_is_left(small, tmp_path, capsys):
