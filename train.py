@@ -4,6 +4,7 @@
   python train.py --optimizer=sam --rho=0.05          the same with SAM
   python train.py --optimizer=sgd,sam --seeds=3       a sweep: a table and a figure
   python train.py --learning_rate=.1,.3 --batch_size=16,32       a sweep over a grid
+  python train.py --optimizer=sam --rho=.02,.05,.1 --seeds=8 --population  all at once
   python train.py --task=mutagenicity_gcn --manual_dir=DIR --optimizer=sam
   python train.py --task=my_task.py                   a task of your own
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import pathlib
 import sys
 import textwrap
@@ -32,12 +34,14 @@ from training import (
   extension,
   hooks,
   loop,
+  members,
   meshes,
   methods,
   metrics,
   optimizers,
   parallel,
   peers,
+  population,
   summary,
   sweep,
 )
@@ -79,6 +83,23 @@ def _define_flags(task: str, names: Sequence[str]) -> cli.Flags:
   )
   flags.heading('Several runs')
   flags.define('seeds', 'int', 'runs of each kind, with seeds from --seed on')
+  flags.define(
+    'population',
+    'bool',
+    'train runs that differ in seed, rho, learning rate and weight decay only as one '
+    'program, all at once',
+  )
+  flags.define(
+    'population_gib',
+    'float',
+    'memory that --population may take; unset, most of what the devices have',
+  )
+  flags.define(
+    'population_mapping',
+    'str',
+    'vmap computes the members of --population side by side, map one after the other '
+    'in a loop; unset, vmap on accelerators, and on a CPU the faster',
+  )
   flags.define(
     'sharpness', 'bool', 'measure lambda_max after each run of a sweep', True
   )
@@ -228,13 +249,52 @@ def _lambda_max(config, problem, workdir: pathlib.Path) -> dict[str, Any]:
   return {'lambda_max': found['lambda_max']}
 
 
+def _check_population(flags, *, single: bool) -> None:
+  """Checks the flags of populations, before anything is read."""
+  gib, mapping = flags.population_gib, flags.population_mapping
+  for name in ('population_gib', 'population_mapping'):
+    if flags[name].present and not flags.population:
+      raise UsageError(
+        f'--{name}={flags[name].value} has no effect without --population.'
+      )
+  if mapping is not None:
+    config_lib.require_choice('population_mapping', mapping, members.MAPPINGS)
+  if gib is not None and not 0 < gib < math.inf:
+    raise UsageError(f'--population_gib={gib}: must be a positive number of GiB.')
+  if not flags.population:
+    return
+  if single:
+    raise UsageError(
+      '--population has no effect on a single run: give several values, as '
+      '--rho=.05,.1, or --seeds.'
+    )
+  if flags.mesh is not None:
+    raise UsageError(
+      f'--mesh={flags.mesh} splits one network, and --population trains many side by '
+      'side: leave out one of them.'
+    )
+  if flags.num_processes != 1 or flags.coordinator:
+    raise UsageError(
+      '--population trains in one process: leave out --coordinator and --num_processes.'
+    )
+
+
 def _sweep(points, swept, workdir: pathlib.Path, flags, options) -> None:
   """Trains and compares several runs."""
   for name in _MEASURED:
     if flags[name].present:
       raise UsageError(f'--{name} is for a single run: a sweep measures its ends.')
   measure = _lambda_max if flags.sharpness else None
-  run = functools.partial(sweep.run, swept=swept, measure=measure, **options)
+  together = population.Options(
+    flags.population_gib, flags.population_mapping, flags.devices, flags.timing
+  )
+  run = functools.partial(
+    sweep.run,
+    swept=swept,
+    measure=measure,
+    population=together if flags.population else None,
+    **options,
+  )
   if run(points, tasks.build, workdir):
     print(f'\n{reports.sweep.write(workdir)}\n{workdir}/')
 
@@ -251,6 +311,7 @@ def main(argv: Sequence[str]) -> None:
     raise UsageError('--workdir= is empty: give a folder.')
   if flags.mesh is not None:
     meshes.parse(flags.mesh)
+  _check_population(flags, single=list(points) == [''])
   compiler.use_all_cores()
   if flags.cache:
     compiler.keep_programs()

@@ -6,7 +6,7 @@ A batch is a dict of `inputs`, `labels` and float32 `weights`; the weight is
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,7 @@ class Order:
     num_examples: int,
     batch_size: int,
     shards: tuple[int, ...],
-    seed: int | None,
+    seed: int | Sequence[int] | None,
   ):
     """Prepares the order.
 
@@ -59,7 +59,8 @@ class Order:
       num_examples: number of examples in the split.
       batch_size: examples in a global batch; the last one may be smaller.
       shards: leading axes over which a global batch is dealt out.
-      seed: seed of the order; None keeps the order of the split.
+      seed: seed of the order; None keeps the order of the split. Of several seeds
+        the orders lie side by side, along an axis before the shards.
     """
     if batch_size < 1:
       raise ValueError(f'batch_size={batch_size}: must be at least 1.')
@@ -78,15 +79,24 @@ class Order:
   def indices(self, epoch: int, start: int = 0) -> list[np.ndarray]:
     """Returns which examples the batches of `epoch` hold, from step `start` on.
 
-    An int64 array of shape `(*shards, slots)` a batch, -1 for an empty slot.
+    An int64 array of shape `(*shards, slots)` a batch, -1 for an empty slot; with
+    several seeds `(seeds, *shards, slots)`.
     """
-    if self.seed is None:
-      order = np.arange(self._num_examples)
-    else:
-      generator = np.random.default_rng([self.seed, epoch])
-      order = generator.permutation(self._num_examples)
-    firsts = range(start * self._batch_size, self._num_examples, self._batch_size)
-    return [self._deal(order[first : first + self._batch_size]) for first in firsts]
+    size = self._batch_size
+    firsts = range(start * size, self._num_examples, size)
+    if not isinstance(self.seed, Sequence):
+      order = self._order(self.seed, epoch)
+      return [self._deal(order[first : first + size]) for first in firsts]
+    orders = [self._order(seed, epoch) for seed in self.seed]
+    return [
+      np.stack([self._deal(order[first : first + size]) for order in orders])
+      for first in firsts
+    ]
+
+  def _order(self, seed: int | None, epoch: int) -> np.ndarray:
+    if seed is None:
+      return np.arange(self._num_examples)
+    return np.random.default_rng([seed, epoch]).permutation(self._num_examples)
 
   def _deal(self, indices: np.ndarray) -> np.ndarray:
     """Deals indices out contiguously to the shards, filling up with -1."""
@@ -105,16 +115,17 @@ class Batches(Order):
     num_examples: int,
     batch_size: int,
     shards: tuple[int, ...],
-    seed: int | None,
+    seed: int | Sequence[int] | None,
     collate: Callable[[np.ndarray], Batch],
   ):
     """Prepares batches.
 
     Args:
-      num_examples: see `Order`, as the next three.
-      batch_size: examples in a global batch.
-      shards: leading axes.
-      seed: seed of the order.
+      num_examples: number of examples in the split.
+      batch_size: examples in a global batch; the last one may be smaller.
+      shards: leading axes over which a global batch is dealt out.
+      seed: seed of the order; None keeps the order of the split. Of several seeds
+        the batches lie side by side, along an axis before the shards.
       collate: makes a batch of an index array of shape `(*shards, slots)`, in
         which -1 stands for an empty slot.
     """
@@ -161,14 +172,15 @@ class ArraySplit:
     batch_size: int,
     *,
     shards: tuple[int, ...] = (),
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
   ) -> Batches:
     """Returns the split's batches.
 
     Args:
       batch_size: examples in a global batch.
       shards: leading axes of every leaf, `(replicas,)` or `(replicas, groups)`.
-      seed: seed of each epoch's permutation; None keeps the order.
+      seed: seed of each epoch's permutation; None keeps the order. Several seeds make
+        batches side by side, along a leading axis of every leaf.
 
     Returns:
       Batches whose leaves have shape `(*shards, slots, ...)`.
@@ -249,14 +261,15 @@ class GraphSplit:
     batch_size: int,
     *,
     shards: tuple[int, ...] = (),
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
   ) -> Batches:
     """Returns the split's batches.
 
     Args:
       batch_size: graphs in a global batch.
       shards: leading axes of every leaf, `(replicas,)` or `(replicas, groups)`.
-      seed: seed of each epoch's permutation; None keeps the order.
+      seed: seed of each epoch's permutation; None keeps the order. Several seeds make
+        batches side by side, along a leading axis, all padded to the same budgets.
 
     Returns:
       Batches whose `inputs` are `jraph.GraphsTuple`s; a shard has `slots + 1`

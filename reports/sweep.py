@@ -21,7 +21,8 @@ def write(workdir: pathlib.Path) -> str:
   was swept: `optimizer`, `rho` (None for a base optimizer alone), `seeds`, `swept` (the
   other fields' values by name, None where they mean nothing), and numbers, each with
   its standard error over seeds as `NAME_error`; and, if it is new enough, `task` and
-  the main `score` of the task: its name, label, scale and unit.
+  the main `score` of the task: its name, label, scale and unit. It may name runs that
+  have `diverged` with their steps; a row of no others has no seeds and no numbers.
 
   Args:
     workdir: the sweep's folder.
@@ -31,12 +32,16 @@ def write(workdir: pathlib.Path) -> str:
   """
   found = json.loads((workdir / RESULTS).read_text())
   rows, score = found['rows'], found.get('score', _ACCURACY)
-  shown = {name: text for name, text in _headings(score).items() if name in rows[0]}
+  headings = _headings(score).items()
+  shown = {n: text for n, text in headings if any(n in row for row in rows)}
   where = f'{found["task"]}: ' if 'task' in found else ''
   note = (
     f'{where}mean +- standard error over seeds; losses in evaluation mode, over the '
     'whole split.'
   )
+  if diverged := found.get('diverged'):
+    names = ', '.join(f'{folder} (step {n})' for folder, n in diverged.items())
+    note += f' Diverged, and in no mean: {names}.'
   text = f'{page.markdown_table(_table(rows, shown, score))}\n\n{note}'
   (workdir / TABLE).write_text(f'{text}\n')
   title = f'{where}{_spread(rows)}'
@@ -46,7 +51,7 @@ def write(workdir: pathlib.Path) -> str:
 
 def _spread(rows: list[dict[str, Any]]) -> str:
   """What the figure shows of several seeds."""
-  counts = sorted({row['seeds'] for row in rows})
+  counts = sorted({row['seeds'] for row in rows} - {0})
   if counts == [1]:
     return 'one seed'
   some = f'{counts[0]}' if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'

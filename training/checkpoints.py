@@ -28,6 +28,8 @@ if TYPE_CHECKING:
   from training.step import TrainState
 
 FOLDER = 'checkpoints'
+# Of a member of a population that has diverged: at which step.
+DIVERGED = 'diverged.json'
 _DAMAGED = 'damaged_checkpoints'
 _DIGESTS = 'digests.json'
 
@@ -175,6 +177,12 @@ def steps(workdir: pathlib.Path) -> list[int]:
   return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
+def diverged(workdir: pathlib.Path) -> int | None:
+  """The step at which the member of a population diverged; None if it did not."""
+  path = workdir / DIVERGED
+  return json.loads(path.read_text())['step'] if path.exists() else None
+
+
 def load(workdir: pathlib.Path, step: int | None = None) -> Checkpoint:
   """Reads a checkpoint of a run; changes nothing.
 
@@ -186,6 +194,10 @@ def load(workdir: pathlib.Path, step: int | None = None) -> Checkpoint:
     UsageError: there is none, or each that could be read is damaged.
   """
   found = steps(workdir)
+  if not found and (died := diverged(workdir)) is not None:
+    raise UsageError(
+      f'{workdir} has diverged at step {died} and has no checkpoint: leave it out.'
+    )
   if not found:
     raise UsageError(
       f'{workdir} has no checkpoint yet: run train.py --workdir={workdir} first.'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -128,3 +128,33 @@ def _take(arrays: Batch, indices: jax.Array) -> Batch:
     return jnp.where(mask, found, 0)
 
   return {**jax.tree.map(rows, arrays), 'weights': real.astype(jnp.float32)}
+
+
+class Source:
+  """The batches of one split, for programs that take the rows themselves.
+
+  Attributes:
+    split: the split.
+    arrays: of a resident split on the devices, an argument of the programs; else None.
+  """
+
+  def __init__(self, split: Split, place: Callable[[Any], Any], *, resident: bool):
+    """Takes a split, and places its arrays if it is resident."""
+    self.split = split
+    self.arrays = place(dict(split.arrays)) if resident else None
+
+  def items(
+    self, batches: Batches, epoch: int, start: int, place: Callable[[Any], Any]
+  ) -> Iterator[Any]:
+    """Yields, placed, what `batch` makes an epoch's batches of, from a step on."""
+    if self.arrays is None:
+      made = batches.epoch(epoch, start)
+      yield from _ahead(jax.block_until_ready(place(batch)) for batch in made)
+      return
+    for indices in batches.indices(epoch, start):
+      yield place(indices.astype(np.int32))
+
+  @staticmethod
+  def batch(arrays: Batch | None, item: Any) -> Batch:
+    """The batch that an item stands for; pure, for the inside of a program."""
+    return item if arrays is None else _take(arrays, item)

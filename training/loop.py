@@ -7,11 +7,9 @@ import functools
 import math
 import os
 import pathlib
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,7 +17,6 @@ import numpy as np
 
 from training import (
   checkpoints,
-  curves,
   extension,
   feeding,
   meshes,
@@ -27,6 +24,7 @@ from training import (
   parallel,
   sharing,
   step,
+  stopping,
   summary,
 )
 from training import config as config_lib
@@ -89,7 +87,7 @@ def train(
   for hook in hooks:
     hook.check([line for line in earlier if line['split'] == hook.name])
   run = _Run(config, problem, workdir, replicas, shared, timing, hooks)
-  with contextlib.closing(run), _stop_signal() as stop:
+  with contextlib.closing(run), stopping.listen() as stop:
     run.start()
     return run.finish() if run.train(stop) else run.leave(stop)
 
@@ -118,7 +116,7 @@ class _Run:
     )
     state = replicas.make(stepper.init, config.seed)
     if config.init_from:
-      state = state._replace(params=_other_params(config.init_from, problem))
+      state = state._replace(params=other_params(config.init_from, problem))
     self._num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
     # One compiled step a phase of a periodic method; one for all others.
     self._train_steps = {
@@ -194,7 +192,7 @@ class _Run:
     self._seconds_before = position.get('seconds', 0.0)
     self._stopwatch = feeding.Stopwatch(*position.get('input_wait', ()))
 
-  def train(self, stop: _Stop) -> bool:
+  def train(self, stop: stopping.Stop) -> bool:
     """Runs the epochs that are left; False if it was told to stop."""
     while self._epoch < self._config.epochs:
       if not self._train_epoch(stop):
@@ -209,15 +207,15 @@ class _Run:
         return False
     return True
 
-  def leave(self, stop: _Stop) -> Any:
+  def leave(self, stop: stopping.Stop) -> Any:
     """Ends the process as the signal would have done."""
     if self._progress:
       self._progress.say(
         f'stopped after step {self._step}, which is saved: the same command goes on.'
       )
-    raise SystemExit(128 + (stop.signal_number or signal.SIGTERM))
+    stop.leave()
 
-  def _train_epoch(self, stop: _Stop) -> bool:
+  def _train_epoch(self, stop: stopping.Stop) -> bool:
     """Runs the rest of an epoch; False if it was told to stop inside."""
     every = self._config.checkpoint_every
     pending = None
@@ -362,32 +360,27 @@ class _Run:
       common = {'step': self._step, 'epoch': self._epoch, 'seconds': self._seconds()}
       self._metrics.write(**common, split='test', **test)
       self._metrics.flush()
-    scores, problem = self._problem.scores, self._problem
-    found = scores.summarize(totals)
     facts = {
       'steps': self._step,
-      'epochs': self._epoch,
       'num_parameters': self._num_parameters,
-      'num_train_examples': problem.train.num_examples,
-      'num_test_examples': problem.test.num_examples,
       'wall_time_seconds': self._seconds(),
       'input_wait_share': self._stopwatch.share,
       **self._replicas.facts,
-      'test_scores': found,
-      'test_scores_text': scores.describe(found),
     }
-    title = config_lib.title(self._config)
-    lines = metrics_lib.read(self._workdir)
-    curves.save(self._workdir, lines, title, self._score, problem.loss_name)
     self._hooks.draw(self._workdir, self._metrics.measured, last=True)
     facts['during_training'] = self._hooks.summarize(
       self._metrics.measured,
       self._config.epochs * self._steps_per_epoch,
       facts['wall_time_seconds'],
     )
-    scores.draw(self._workdir, found, title)
-    return summary.write(
-      self._workdir, self._config, self._score, train=train, test=test, facts=facts
+    return summary.finish(
+      self._workdir,
+      self._config,
+      self._problem,
+      train=train,
+      test=test,
+      totals=totals,
+      facts=facts,
     )
 
   def _seconds(self) -> float:
@@ -402,44 +395,16 @@ class _Run:
           stack.callback(opened.close)
 
 
-class _Stop:
-  """Whether a signal has asked the run to save and leave."""
+def other_params(workdir: str, problem: Problem) -> Any:
+  """The parameters of another run, which must fit this one's.
 
-  signal_number = 0
-  agreed = False
+  Args:
+    workdir: of the other run.
+    problem: of this one.
 
-  def requested(self, step_number: int) -> bool:
-    """Asked on every process after the same steps; all get the same answer."""
-    self.agreed = parallel.agree_to_stop(step_number, bool(self.signal_number))
-    return self.agreed
-
-
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[_Stop]:
-  """Turns SIGTERM and SIGINT into a request, where Python may handle signals."""
-  stop = _Stop()
-  if threading.current_thread() is not threading.main_thread():
-    yield stop
-    return
-
-  def handle(number, frame):
-    del frame
-    stop.signal_number = number
-
-  before = {
-    number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)
-  }
-  try:
-    yield stop
-  finally:
-    # The signal of one process, obeyed by all, may come to the others while they wait.
-    obeyed = stop.agreed and jax.process_count() > 1
-    for number, handler in before.items():
-      signal.signal(number, signal.SIG_IGN if obeyed else handler)
-
-
-def _other_params(workdir: str, problem: Problem) -> Any:
-  """The parameters of another run, which must fit this one's."""
+  Raises:
+    UsageError: they do not fit, or there are none.
+  """
   try:
     return checkpoints.load_variables(workdir, problem)[0]
   except UsageError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -23,13 +23,20 @@ class Batches(Protocol):
 
 
 class Split(Protocol):
-  """The training or the test half of a data set, in memory or streamed."""
+  """The training or the test half of a data set, in memory or streamed.
+
+  The batches of several seeds lie side by side along a leading axis, one of each.
+  """
 
   @property
   def num_examples(self) -> int: ...
 
   def batches(
-    self, batch_size: int, *, shards: tuple[int, ...] = (), seed: int | None = None
+    self,
+    batch_size: int,
+    *,
+    shards: tuple[int, ...] = (),
+    seed: int | Sequence[int] | None = None,
   ) -> Batches: ...
 
 

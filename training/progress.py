@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import TextIO
 
+import numpy as np
+
 from training.problem import Score
 from training.ticker import Ticker, clock
 
@@ -23,7 +25,7 @@ class Progress:
     self._epochs = epochs
     self._steps = steps
     self._first: tuple[float, int] | None = None
-    self._test = ''
+    self._test = self._about = ''
 
   def step(self, epoch: int, step: int, means: dict[str, float]) -> None:
     """Reports a finished step (counted from 1) of an epoch (counted from 0)."""
@@ -41,7 +43,7 @@ class Progress:
       left = f'  {clock(seconds)} left'
     self._ticker.show(
       f'epoch {epoch + 1}/{self._epochs}  step {step}/{self._steps}'
-      f'  {_loss(means)}  {self._score.show(means[self._score.name])}'
+      f'{self._about}  {_loss(means)}  {self._score.show(means[self._score.name])}'
       f'{self._test}  {means["examples_per_second"]:,.0f} examples/s{left}',
       always=is_last,
     )
@@ -59,6 +61,35 @@ class Progress:
   def close(self) -> None:
     """Ends the live line."""
     self._ticker.keep()
+
+
+class MembersProgress(Progress):
+  """Shows of a population how many members go on, their medians and their speed."""
+
+  def step(
+    self, epoch: int, step: int, means: dict[str, np.ndarray], alive: np.ndarray
+  ) -> None:
+    """Reports a finished step (counted from 1) of an epoch (counted from 0).
+
+    Args:
+      epoch: counted from 0.
+      step: counted from 1.
+      means: of the epoch, of each member.
+      alive: bool (members,), those that have not diverged.
+    """
+    self._about = f'  {alive.sum()}/{alive.size} members'
+    if alive.any():
+      self._about += ', medians:'
+      means = {
+        name: x * alive.sum() if np.ndim(x) == 0 else np.median(x[alive])
+        for name, x in means.items()
+      }
+      super().step(epoch, step, means)
+
+  def test(self, values: np.ndarray) -> None:
+    """Takes the newest main scores of the test split of those that go on."""
+    if values.size:
+      super().test(np.median(values))
 
 
 def _loss(means: dict[str, float]) -> str:

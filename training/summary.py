@@ -7,10 +7,13 @@ import pathlib
 import warnings
 from typing import Any
 
+import numpy as np
+
 from training import config as config_lib
+from training import curves
 from training import metrics as metrics_lib
 from training.config import Config
-from training.problem import Score
+from training.problem import Problem, Score
 
 FILE_NAME = 'summary.json'
 _ACCURACY = {'name': 'accuracy', 'label': 'accuracy', 'scale': 100, 'unit': '%'}
@@ -72,6 +75,46 @@ def write(
   }
   config_lib.write_json(workdir / FILE_NAME, summary)
   return summary
+
+
+def finish(
+  workdir: pathlib.Path,
+  config: Config,
+  problem: Problem,
+  *,
+  train: dict[str, float],
+  test: dict[str, float],
+  totals: dict[str, np.ndarray],
+  facts: dict[str, Any],
+) -> dict[str, Any]:
+  """Draws what a run that is over has to show, and writes `summary.json`.
+
+  Args:
+    workdir: the run's folder, with all its metrics.
+    config: the run's configuration.
+    problem: what was trained.
+    train: loss and main score of the training split in evaluation mode.
+    test: the same of the test split.
+    totals: the sums over the test split that further scores are made of.
+    facts: wall time, parameter count, device and the like.
+
+  Returns:
+    What is written.
+  """
+  scores, title = problem.scores, config_lib.title(config)
+  found = scores.summarize(totals)
+  lines = metrics_lib.read(workdir)
+  curves.save(workdir, lines, title, scores.main, problem.loss_name)
+  scores.draw(workdir, found, title)
+  facts = {
+    **facts,
+    'epochs': config.epochs,
+    'num_train_examples': problem.train.num_examples,
+    'num_test_examples': problem.test.num_examples,
+    'test_scores': found,
+    'test_scores_text': scores.describe(found),
+  }
+  return write(workdir, config, scores.main, train=train, test=test, facts=facts)
 
 
 def read(workdir: pathlib.Path) -> dict[str, Any] | None:

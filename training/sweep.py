@@ -11,10 +11,11 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from training import checkpoints, extension, loop, meshes, methods, optimizers, parallel
 from training import config as config_lib
-from training import extension, loop, meshes, methods, optimizers, parallel
+from training import population as population_lib
 from training.config import Config
-from training.errors import UsageError
+from training.errors import TrainingDiverged, UsageError
 from training.problem import Problem
 
 _MAX_RUNS = 10_000
@@ -138,9 +139,13 @@ def run(
   *,
   swept: Sequence[str] = (),
   measure: Measure | None = None,
+  population: population_lib.Options | None = None,
   **options: Any,
 ) -> dict[str, Any] | None:
   """Runs what is not finished yet, one run after the other, into `sweep.json`.
+
+  A member of a population that has diverged is no run any more: it has no part in the
+  means, and `sweep.json` tells its step under ``diverged``.
 
   Args:
     configs: the runs by folder, as `points` makes them.
@@ -149,6 +154,7 @@ def run(
     workdir: the sweep's folder.
     swept: names of the fields and flags, besides optimizer and rho, that differ.
     measure: measures each finished run; its numbers stand beside the run's own.
+    population: trains those that share a program as one, before the others.
     **options: for `loop.train`.
 
   Returns:
@@ -157,6 +163,7 @@ def run(
   Raises:
     UsageError: a folder belongs to another run, or a configuration does not fit the
       data.
+    TrainingDiverged: all of the runs have.
   """
   if (workdir / config_lib.FILE_NAME).exists():
     raise UsageError(
@@ -164,18 +171,22 @@ def run(
     )
   for folder, config in configs.items():
     extension.check(config, workdir / folder)
-  last = next(iter(configs.values()))
-  problem = build(last)
+  problems = _Problems(build)
+  problem = problems.of(next(iter(configs.values())))
   for config in configs.values():  # Before the first is trained.
     config_lib.check_size(config, problem.train.num_examples)
     meshes.fit(config, problem, options.get('num_devices', 0), options.get('mesh'))
-  results = {}
+  if population is not None:
+    population_lib.train(configs, problems.of, workdir, population)
+  results, diverged = {}, {}
   for number, (folder, config) in enumerate(configs.items(), 1):
     if parallel.is_primary():
       print(f'[{number}/{len(configs)}] {folder}')
-    if not _share_problem(last, config):
-      last, problem = config, None  # Its data go before others come.
-      problem = build(config)
+    died = checkpoints.diverged(workdir / folder)
+    if died is not None:
+      diverged[folder] = died
+      continue
+    problem = problems.of(config)
     finished = loop.train(config, problem, workdir / folder, **options)
     if not parallel.is_primary():
       continue
@@ -184,14 +195,35 @@ def run(
       results[folder] |= measure(config, problem, workdir / folder)
   if not parallel.is_primary():
     return None
+  if not results:
+    raise TrainingDiverged(
+      f'all {len(diverged)} runs in {workdir} have diverged: try a lower '
+      '--learning_rate or --rho, in another --workdir.'
+    )
   written = {
     'task': next(iter(configs.values())).task,
     'score': problem.scores.main._asdict(),
     'rows': _rows(configs, results, swept),
     'runs': results,
+    **({'diverged': diverged} if diverged else {}),
   }
   config_lib.write_json(workdir / RESULTS_NAME, written)
   return written
+
+
+class _Problems:
+  """Makes the problems of configurations, and keeps the last one."""
+
+  def __init__(self, build: Callable[[Config], Problem]):
+    self._build = build
+    self._last: tuple[Config, Problem] | None = None
+
+  def of(self, config: Config) -> Problem:
+    """The problem of a configuration; made only if the last one is another."""
+    if self._last is None or not _share_problem(self._last[0], config):
+      self._last = None  # Its data go before others come.
+      self._last = config, self._build(config)
+    return self._last[1]
 
 
 def _share_problem(one: Config, other: Config) -> bool:
@@ -212,10 +244,11 @@ def _rows(
     groups.setdefault((config.optimizer, config.rho, *values), []).append(folder)
   rows = []
   for (optimizer, rho, *values), folders in groups.items():
-    row = {'optimizer': optimizer, 'rho': rho, 'seeds': len(folders)}
+    found = [results[folder] for folder in folders if folder in results]
+    row = {'optimizer': optimizer, 'rho': rho, 'seeds': len(found)}
     row['swept'] = dict(zip(swept, values, strict=True))
-    for name, example in results[folders[0]].items():
-      values = [results[f][name] for f in folders if name in results[f]]
+    for name, example in found[0].items() if found else ():
+      values = [result[name] for result in found if name in result]
       if isinstance(example, float):
         row[name] = statistics.fmean(values)
         row[f'{name}_error'] = _standard_error(values)

@@ -194,3 +194,28 @@ def test_a_label_is_needed_for_every_example():
     ArraySplit(np.zeros((4, 2)), np.zeros(3))
   with pytest.raises(ValueError, match='graphs have 3 labels'):
     GraphSplit(jraph.GraphsTuple(*[np.zeros(4)] * 7), np.zeros(3))
+
+
+@pytest.mark.parametrize('make', [_array_split, _graph_split])
+@pytest.mark.parametrize('shards', [(), (2,)])
+def test_batches_of_several_seeds_lie_side_by_side(make, shards):
+  """Each has the examples of its own seed in their order; graphs share a budget."""
+  split, seeds = make(22), (5, 0, 5)
+  together = split.batches(8, shards=shards, seed=seeds)
+  each = [split.batches(8, shards=shards, seed=seed) for seed in seeds]
+  assert together.steps_per_epoch == 3
+  for epoch, start in ((0, 0), (2, 1)):
+    stacked = list(together.epoch(epoch, start))
+    assert len(stacked) == 3 - start
+    for batch, *alone in zip(
+      stacked, *(one.epoch(epoch, start) for one in each), strict=True
+    ):
+      for index, own in enumerate(alone):
+        ours = jax.tree.map(lambda leaf, i=index: leaf[i], batch)
+        for name in ('labels', 'weights'):
+          np.testing.assert_array_equal(ours[name], own[name])
+        if make is _array_split:
+          np.testing.assert_array_equal(ours['inputs'], own['inputs'])
+        else:  # The last graph is padding, and longer in a larger budget.
+          nodes = lambda graphs: graphs.nodes[graphs.nodes > 0]
+          np.testing.assert_array_equal(nodes(ours['inputs']), nodes(own['inputs']))

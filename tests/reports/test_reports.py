@@ -163,6 +163,22 @@ def test_a_sweep_is_drawn_from_its_file(tmp_path, earlier):
   assert (tmp_path / 'sweep.png').stat().st_size > 1000
 
 
+def test_a_sweep_names_the_runs_that_have_diverged(tmp_path, drawn):
+  """The first row has none left, and is a row without numbers."""
+  row = {'test_loss': 0.3, 'test_loss_error': 0.1, 'lambda_max': 4.0}
+  rows = [
+    {'optimizer': 'sam', 'rho': 0.5, 'seeds': 0},
+    {'optimizer': 'sam', 'rho': 0.1, 'seeds': 2, **row, 'lambda_max_error': 0.5},
+  ]
+  found = {'rows': rows, 'task': 't', 'diverged': {'rho_0.5/seed_0': 7}}
+  (tmp_path / 'sweep.json').write_text(json.dumps(found))
+  text = sweep.write(tmp_path)
+  assert _rows(text)[2] == ['sam', '0.5', '0', '-', '-']
+  assert _rows(text)[3][3:] == ['0.3000 +- 0.1000', '4.00 +- 0.50']
+  assert text.endswith('Diverged, and in no mean: rho_0.5/seed_0 (step 7).')
+  assert 'over 2 seeds' in drawn['sweep.png'].get_suptitle()
+
+
 @pytest.mark.parametrize(('seeds', 'error'), [(3, 0.5), (1, None)])
 def test_the_legend_of_a_sweep_tells_the_band(tmp_path, drawn, seeds, error):
   row = {'seeds': seeds, 'lambda_max': 4.0, 'lambda_max_error': error}

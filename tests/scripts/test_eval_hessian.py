@@ -385,3 +385,15 @@ def test_the_task_of_the_docs(tmp_path, capsys):
   mended = re.search('that is `(--top_k.*)`', text)[1].split()
   fast = [flag for flag in _FAST if not flag.startswith(('--top_k', '--num_ex'))]
   assert _run(workdir, *fast, *mended) == 0
+
+
+@pytest.mark.slow
+def test_members_of_a_population_are_runs_like_others(tmp_path):
+  """Two members, measured side by side and averaged over their seeds."""
+  flags = ['--optimizer=sam', '--seeds=2', '--epochs=1', '--batch_size=200']
+  command = ['train.py', '--nocache', '--devices=1', *flags, '--population']
+  assert cli.run(train.main, [*command, f'--workdir={tmp_path}']) == 0
+  out = tmp_path / 'compared'
+  runs = f'{tmp_path}/rho_0.05/seed_*'
+  assert _run(f'--workdir={runs}', f'--out={out}', *_FAST) == 0
+  assert '(2 seeds)' in (out / 'comparison.md').read_text()

@@ -33,7 +33,7 @@ _TRAIN = """
 --optimizer=sgd,adam,foo
 --base_optimizer=sam
 --optimizer=sgd --base_optimizer=adam
---schedule=linear
+--schedule=exponential
 --schedule=Step
 --warmup_epochs=-1
 --warmup_epochs=nan
