@@ -20,7 +20,7 @@ from training import config as config_lib
     ('weight_decay', -1.0),
     ('epochs', 0),
     ('batch_size', 0),
-    ('schedule', 'linear'),
+    ('schedule', 'exponential'),
     ('dtype', 'float16'),
     ('momentum', 1.0),
     ('label_smoothing', 1.0),
