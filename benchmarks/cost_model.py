@@ -35,6 +35,7 @@ from typing import NamedTuple
 from training import cli
 
 _GIB = 1 << 30
+_MOST_DEVICES = 512  # of the plans
 
 
 class Network(NamedTuple):
@@ -239,7 +240,14 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument(
     '--gigabytes_per_second', type=float, default=100.0, help='that a device sends'
   )
-  print(tables(parser.parse_args(argv)))
+  arguments = parser.parse_args(argv)
+  if arguments.batch_size < _MOST_DEVICES or arguments.tokens < _MOST_DEVICES:
+    parser.error(f'--batch_size and --tokens must be at least {_MOST_DEVICES}')
+  if not 0 < arguments.efficiency <= 1:
+    parser.error('--efficiency must be above 0 and at most 1')
+  if min(arguments.peak_tflops, arguments.gigabytes_per_second) <= 0:
+    parser.error('--peak_tflops and --gigabytes_per_second must be above 0')
+  print(tables(arguments))
 
 
 if __name__ == '__main__':

@@ -37,6 +37,7 @@ import sam_jax
 from benchmarks import step_cost
 from input_pipelines import DataError, shakespeare
 from models import LanguageModel, ResNet
+from models import resnet as resnet_lib
 from training import cli, compiler
 
 _GIB = 1 << 30
@@ -170,7 +171,14 @@ def top(loss_fn, params, batch, k: int) -> None:
     flush=True,
   )
   found = sam_jax.curvature.eigenpairs(
-    operator, k, 'largest', tol=1e-4, max_basis_size=16, verify=False, progress=say
+    operator,
+    k,
+    'largest',
+    tol=1e-4,
+    max_basis_size=16,
+    max_basis_gib=16.0,
+    verify=False,
+    progress=say,
   )
   seconds = time.perf_counter() - start
   print(
@@ -196,6 +204,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument('--top', type=int, default=0, help='eigenvalues; 0: none')
   parser.add_argument('--manual_dir', default='', help='folder of tinyshakespeare.txt')
   arguments = parser.parse_args(argv)
+  if arguments.width % arguments.heads:
+    parser.error('--width must be a multiple of --heads')
+  if min(arguments.batch_size, arguments.length, arguments.pixels) < 1:
+    parser.error('--batch_size, --length and --pixels must be at least 1')
+  if arguments.depth not in (0, *resnet_lib.DEPTHS):
+    parser.error(f'--depth must be one of {", ".join(map(str, resnet_lib.DEPTHS))}')
   compiler.use_all_cores()
   build = resnet if arguments.depth else language_model
   loss_fn, params, batch, forward = build(arguments)

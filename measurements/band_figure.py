@@ -11,8 +11,6 @@ import numpy as np
 from training import curves
 
 _WIDTH, _HEIGHT = 7.0, 4.0
-# Half-width of the band in standard errors: 95 %.
-_HALF_WIDTH = 1.96
 
 
 class Band(NamedTuple):
@@ -23,12 +21,15 @@ class Band(NamedTuple):
     error: name of the entry of its standard error.
     label: in the legend.
     color: of the curve.
+    half_width: of its band of 95 % in standard errors: the quantile of the normal
+      distribution, or of Student's t where few values make an error.
   """
 
   name: str
   error: str
   label: str
   color: str
+  half_width: float = 1.96
 
 
 class Edge(NamedTuple):
@@ -80,7 +81,7 @@ def draw(
   steps = [line['step'] for line in lines]
   for band in bands:
     values, errors = (_column(lines, name) for name in (band.name, band.error))
-    half = _HALF_WIDTH * np.nan_to_num(errors)
+    half = band.half_width * np.nan_to_num(errors)
     axes.plot(
       steps, values, f'{band.color}.-', label=band.label, linewidth=1, markersize=3
     )

@@ -77,7 +77,7 @@ class BatchSharpness(Hook):
       'learning_rate': rate,
       'rho': rho,
     }
-    if config.optimizer in _ALONG:
+    if _has_step(config):
       found = library.batch_sharpness(
         self._loss, params, batches, direction=self._along_sam
       )
@@ -89,7 +89,7 @@ class BatchSharpness(Hook):
     """Draws `batch_sharpness.png`, whole or not at all."""
     name = 'along the gradient of the batch'
     bands = [band_figure.Band('batch_sharpness', 'standard_error', name, 'C0')]
-    if self._config.optimizer in _ALONG:
+    if _has_step(self._config):
       bands.append(
         band_figure.Band(
           'batch_sharpness_of_sam',
@@ -132,7 +132,7 @@ class BatchSharpness(Hook):
 
   def _rho(self, step: int) -> float | None:
     """The radius of SAM in the step that comes, 0 where it does not perturb."""
-    if self._config.optimizer not in _ALONG:
+    if not _has_step(self._config):
       return None
     phase = optimizers.phase(self._config, self._steps_per_epoch, step)
     return 0.0 if phase is False else self._config.rho
@@ -153,6 +153,12 @@ class BatchSharpness(Hook):
       band_figure.Edge(small, '2 (1 - b) / eta', 'k:'),
       band_figure.Edge(large, '2 (1 + b) / eta', 'k--'),
     ]
+
+
+def _has_step(config: Config) -> bool:
+  """Whether batch sharpness is measured along SAM's step, of one ascent step."""
+  several = config.hyperparameters.get('num_ascent_steps', 1) > 1
+  return config.optimizer in _ALONG and not several
 
 
 def _momentum(config: Config) -> float | None:
@@ -229,7 +235,7 @@ def check(config: Config, every: int = 0) -> None:
   """
   edges.check_every(every)
   if methods.get(config.optimizer) is not None:
-    edges.check_clean_gradient(config, NAME, 'track no batch_sharpness.')
+    edges.check_clean_gradient(config, NAME, 'leave batch_sharpness out.')
   if config.optimizer in _ALONG and config.rho is None:
     raise UsageError(
       f'--track={NAME}: --optimizer={config.optimizer} has no value of --rho, the '

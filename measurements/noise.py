@@ -32,6 +32,8 @@ EXACT_UP_TO = 2000
 _TOGETHER = 1000
 # Of the estimate: pairs that are exact, and probes for the rest with their steps.
 _ESTIMATE = {'num_pairs': 10, 'num_probes': 4, 'num_matvecs': 20}
+# The 97.5 % quantile of Student's t with 3 degrees of freedom, of four probes.
+_QUANTILE = 3.182446
 
 
 class Noise(Hook):
@@ -107,7 +109,11 @@ class Noise(Hook):
     band_figure.save(
       workdir / FILE_NAME,
       lines,
-      [band_figure.Band('noise_kernel_norm', 'standard_error', label, 'C0')],
+      [
+        band_figure.Band(
+          'noise_kernel_norm', 'standard_error', label, 'C0', half_width=_QUANTILE
+        )
+      ],
       [band_figure.Edge('edge', 'above this the noise grows', 'k--')],
       ylabel='noise kernel norm K',
       title=config_lib.title(self._config),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from models.convolution import Conv
 
 # Blocks of the four groups, and whether they are bottlenecks, by depth.
-_DEPTHS = {
+DEPTHS = {
   10: ((1, 1, 1, 1), False),
   18: ((2, 2, 2, 2), False),
   34: ((3, 4, 6, 3), False),
@@ -71,13 +71,13 @@ class ResNet(nn.Module):
     Raises:
       ValueError: depth or width.
     """
-    if self.depth not in _DEPTHS:
+    if self.depth not in DEPTHS:
       raise ValueError(
-        f'depth={self.depth}: must be one of {", ".join(map(str, _DEPTHS))}.'
+        f'depth={self.depth}: must be one of {", ".join(map(str, DEPTHS))}.'
       )
     if self.width < 1:
       raise ValueError(f'width={self.width}: must be at least 1.')
-    counts, bottleneck = _DEPTHS[self.depth]
+    counts, bottleneck = DEPTHS[self.depth]
     block = _Bottleneck if bottleneck else _Block
     x = Conv(self.width, size=7, stride=2)(self._standardized(images))
     x = nn.relu(_norm(x, train))

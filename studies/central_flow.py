@@ -23,6 +23,7 @@ larger --steps one that has ended goes on, too.
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -184,7 +185,7 @@ def compare(
       'flow_variance': float(np.trace(central.covariance)),
       'at_edge': int(np.sum(np.linalg.eigvalsh(central.covariance) > 0)),
       'distance': apart,
-      'relative_distance': apart / moved,
+      'relative_distance': apart / moved if moved else 0.0,
       'residual': float(residual),
     }
     yield line, _state(central, average, block, window)
@@ -217,6 +218,13 @@ def _central(state: dict[str, Any]) -> edges.CentralState:
   )
 
 
+def _over(found: float, wanted: float) -> float:
+  """A ratio less 1; that of two zeros is 0."""
+  if wanted:
+    return found / wanted - 1
+  return math.copysign(sys.float_info.max, found) if found else 0.0
+
+
 def summarize(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
   """What the lines say of the claim.
 
@@ -237,11 +245,11 @@ def summarize(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
   late = [line for line in lines if first is None or line['step'] >= first]
 
   def median(name, of):
-    return float(np.median([abs(line[name] / line[of] - 1) for line in late]))
+    return float(np.median([abs(_over(line[name], line[of])) for line in late]))
 
   def of_means(name, of):
     mean = lambda key: np.mean([line[key] for line in late])
-    return float(mean(name) / mean(of) - 1)
+    return float(_over(mean(name), mean(of)))
 
   pairs = {
     'predicted_loss': ('predicted_loss', 'descent_loss'),

@@ -18,6 +18,7 @@ for bit; with larger --steps one that has ended goes on, too.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -118,6 +119,7 @@ def _state(each: edges.Departure, blocks: dict[str, Any]) -> dict[str, Any]:
       'params': flow.params,
       'top_eigenvalue': flow.top_eigenvalue,
       'num_steps': flow.num_steps,
+      'step_size': flow.step_size,
       **search,
     },
     'blocks': blocks,
@@ -137,6 +139,7 @@ def _departure(state: dict[str, Any]) -> edges.Departure:
       float(flow['top_eigenvalue']),
       int(flow['num_steps']),
       jax.device_put(flow.get('search')),
+      float(flow.get('step_size', math.inf)),
     ),
   )
 

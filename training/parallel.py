@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -20,6 +21,8 @@ AXIS = 'batch'
 # Seconds to wait for the other processes of a run.
 _PATIENCE = 300
 _TEXT_BYTES = 1 << 16
+# Fields of a configuration that may differ between hosts.
+_OF_A_HOST = ('manual_dir', 'data_dir', 'data_workers')
 
 
 class DataParallel:
@@ -190,6 +193,11 @@ def initialize(
   except UsageError:
     raise
   except (ValueError, RuntimeError) as error:
+    if coordinator == 'cluster' and 'coordinator_address' in str(error):
+      raise UsageError(
+        '--coordinator=cluster: JAX finds no cluster (Slurm, Open MPI, Kubernetes or '
+        'Cloud TPU) around this process; give host:port of the first process.'
+      ) from error
     raise UsageError(
       f'--coordinator={coordinator} --num_processes={num_processes} '
       f'--process_id={process_id}: cannot join the other processes ({error}).'
@@ -225,6 +233,7 @@ def _join_processes(coordinator: str, num_processes: int, process_id: int) -> No
     initialization_timeout=_PATIENCE,
     coordinator_bind_address=address,
   )
+  _check_devices()
 
 
 def _join_cluster() -> None:
@@ -232,6 +241,7 @@ def _join_cluster() -> None:
   _say(f'waiting up to {_PATIENCE} s for the processes of the cluster')
   jax.config.update('jax_enable_preemption_service', False)
   jax.distributed.initialize(initialization_timeout=_PATIENCE)
+  _check_devices()
   count, process = jax.process_count(), jax.process_index()
   gate = rendezvous.Gate(0, count) if process == 0 else None
   place = broadcast_json([rendezvous.addresses(), gate.port] if gate else None)
@@ -298,6 +308,21 @@ def broadcast_json(value: Any) -> Any:
   return json.loads(received.rstrip(b'\0'))
 
 
+def _check_devices() -> None:
+  """Refuses processes with different numbers of devices, which nothing can serve.
+
+  Raises:
+    UsageError: names the numbers, in all processes alike.
+  """
+  counts = collections.Counter(device.process_index for device in jax.devices())
+  if len(set(counts.values())) > 1:
+    told = ', '.join(f'{count} in process {i}' for i, count in sorted(counts.items()))
+    raise UsageError(
+      f'the processes have different numbers of devices ({told}): start all with '
+      'equally many.'
+    )
+
+
 def check_same(configs: Mapping[str, Any], **flags: Any) -> None:
   """Checks that all processes are to train the same.
 
@@ -311,6 +336,9 @@ def check_same(configs: Mapping[str, Any], **flags: Any) -> None:
   fields = {
     name: {**dataclasses.asdict(config), **flags} for name, config in configs.items()
   }
+  for values in fields.values():
+    for name in _OF_A_HOST:
+      values.pop(name, None)
   text = json.dumps(fields)
   mine = {
     'first': next(iter(json.loads(text).values())),

@@ -30,6 +30,8 @@ import jax
 
 # Of a process that ends because another is gone: EX_TEMPFAIL of sysexits.h, try again.
 EXIT_CODE = 75
+# Of an error that the user can mend: the others have no reason to try again.
+_MENDABLE = 2
 # Seconds between two signs of life, and without one after which a process is gone.
 _BEAT, _SILENCE = 3, 45
 # Seconds that an error of another process, which all may have in common, leaves this
@@ -273,17 +275,28 @@ class _Peers:
 
   def _end(self) -> NoReturn:
     process, code = self._gone
-    how = 'without a word (killed, or its machine is lost)'
-    if code is not None:
-      how = f'with exit code {code}, and has said why'
-    with self._ending:
-      print(
-        f'{_script}: process {process} of this run has ended '
-        f'{how}, so this one ends with exit code {EXIT_CODE}: the same commands go on '
-        'from the last checkpoint.',
-        file=sys.stderr,
+    ended = f'process {process} of this run has ended'
+    again = 'the same commands go on from the last checkpoint.'
+    if code == _MENDABLE:
+      text = f'{ended} with exit code {code}, and has said why: so does this one.'
+    elif code is not None:
+      text = (
+        f'{ended} with exit code {code}, and has said why, so this one ends with exit '
+        f'code {EXIT_CODE}: {again}'
       )
-      _exit(EXIT_CODE)
+    elif process == self._process:
+      text = (
+        f'this process was silent for {_SILENCE} s (stopped, or cut off), the others '
+        f'have ended, and it ends with exit code {EXIT_CODE}: {again}'
+      )
+    else:
+      text = (
+        f'{ended} without a word (killed or stopped, or its machine is lost), so this '
+        f'one ends with exit code {EXIT_CODE}: {again}'
+      )
+    with self._ending:
+      print(f'{_script}: {text}', file=sys.stderr)
+      _exit(_MENDABLE if code == _MENDABLE else EXIT_CODE)
 
 
 _joined: _Peers | None = None

@@ -97,9 +97,11 @@ class HessianOperator(Operator):
     total = stacks.zero(self.structure) if any(shardings) else _zeros(self.params)
     for index, (batch, fraction) in enumerate(self._batches):
       if index not in self._linear:
+        _require_kept(self.params)
         self._linearize(index, batch)
       linear = self._linear.get(index)
       if linear is None:
+        _require_kept(self.params)
         arguments = self._of_batch, self.params, batch, vector, total, fraction
         total = _add_product(shardings, *arguments)
       else:
@@ -156,7 +158,8 @@ def hessian(
 
   Raises:
     TypeError: a leaf of ``params`` is not floating point.
-    ValueError: there are no examples, or a weight is negative or not finite.
+    ValueError: there are no examples, a weight is negative or not finite, or at a
+      product the parameters have been donated.
     SecondDerivativeError: at the first product, if the loss holds a fused kernel, as of
       attention, that has a rule for its gradient only; it is a TypeError.
 
@@ -225,6 +228,15 @@ def _on_device(leaf):
   """A leaf of a batch; what lies on the devices of several processes stays there."""
   there = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
   return leaf if there else jax.device_put(leaf)
+
+
+def _require_kept(params: Params):
+  """Raises ValueError of parameters that were given away, which JAX may not survive."""
+  if any(leaf.is_deleted() for leaf in jax.tree.leaves(params)):
+    raise ValueError(
+      'the parameters have been donated or deleted since the operator was made: copy '
+      'them before (jax.tree.map(jnp.copy, params)), or measure first'
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)

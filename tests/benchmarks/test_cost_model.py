@@ -30,7 +30,7 @@ def _of_training(**fields):
   axes = (*replicas.axes, *shared.axes)
   batch = next(problem.train.batches(config.batch_size, shards=axes).epoch(0))
   stack = lambda x: jax.ShapeDtypeStruct((_DEVICES, *x.shape), x.dtype)
-  mapped = replicas.map(stepper.train)
+  mapped = replicas.map(stepper.train, donate=True)
   compiled = mapped.lower(jax.tree.map(stack, state), batch).compile()
   return [x.entries for x in collectives.of(compiled)], size
 
@@ -115,3 +115,18 @@ def test_the_plans_fit_a_page(capsys):
   lines = capsys.readouterr().out.splitlines()
   assert len(lines) == 2 + 18 + 1 + 2 + 6 and max(map(len, lines)) <= 102
   assert 'A step over 1,024 examples' in lines[0]
+
+
+@pytest.mark.parametrize(
+  ('flag', 'sentence'),
+  [
+    ('--batch_size=-5', 'at least 512'),
+    ('--tokens=0', 'at least 512'),
+    ('--efficiency=3', 'at most 1'),
+    ('--gigabytes_per_second=0', 'above 0'),
+  ],
+)
+def test_plans_that_mean_nothing_are_refused(flag, sentence, capsys):
+  with pytest.raises(SystemExit):
+    cost_model.main([flag])
+  assert sentence in capsys.readouterr().err

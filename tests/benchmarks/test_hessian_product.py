@@ -39,3 +39,10 @@ def test_flops_of_a_residual_network_are_counted(capsys):
   lines = capsys.readouterr().out.splitlines()
   ratios = [float(line[29:].split()[2]) for line in lines[2:5]]
   assert ratios[0] == 1 and ratios[1] > ratios[2] > 1.5
+
+
+@pytest.mark.parametrize('flags', [['--width=30', '--heads=4'], ['--depth=7']])
+def test_networks_that_there_are_not_are_refused(flags, capsys):
+  with pytest.raises(SystemExit):
+    hessian_product.main(flags)
+  assert flags[-1].partition('=')[0] in capsys.readouterr().err

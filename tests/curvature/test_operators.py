@@ -160,3 +160,15 @@ def test_preconditioned_top_eigenvalue_is_invariant_to_rescaling(x64):
 def test_wrong_input_is_named(params, batches, weight, error, message):
   with pytest.raises(error, match=message):
     curvature.hessian(lambda w, x: jnp.sum(w), params, batches, weight=weight)
+
+
+def test_parameters_that_were_donated_are_an_error():
+  """JAX itself may end the process where they lie on several devices."""
+  params = jnp.ones(3)
+  operator = curvature.hessian(
+    lambda w, x: jnp.mean((x @ w) ** 2), params, [jnp.eye(3)], max_cache_gib=0.0
+  )
+  operator.matvec(jnp.ones(3))
+  params.delete()
+  with pytest.raises(ValueError, match='have been donated or deleted since'):
+    operator.matvec(jnp.ones(3))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import integrate
 
 from sam_jax import edges
 
@@ -83,6 +84,58 @@ def test_the_step_follows_a_curvature_that_moves(x64):
   assert abs(late.top_eigenvalue) < 0.01 * 3 * 25 * 25
   fixed = time * 3 * 25 * 25 / 0.5  # steps, if the first curvature had stayed
   assert late.num_steps < 0.05 * fixed
+
+
+CURVED = {
+  'double well': (lambda w, _: jnp.sum((w**2 - 1) ** 2) / 4, 0.2, 2e-4),
+  'saddle': (lambda w, _: jnp.sum((w**2 - 1) ** 2) / 4, 0.01, 1e-3),
+  'logistic': (lambda w, _: jnp.sum(w**3 / 3 - w**2 / 2), 0.01, 1e-3),
+  'hinge': (
+    lambda w, _: jnp.sum(jnp.logaddexp(0.0, -10 * w) / 10 + 0.05 * w),
+    -5.0,
+    3e-2,
+  ),
+  'barrier': (lambda w, _: jnp.sum(-w + jnp.exp(20 * (w - 5))), 0.0, 5e-3),
+}
+
+
+@pytest.mark.parametrize('name', CURVED)
+def test_a_curvature_that_is_nearly_0_on_the_way_bounds_nothing(name, x64):
+  """Against SciPy; smaller c is more exact, by the order of the method or more."""
+  loss, start, near = CURVED[name]
+  slope = jax.jit(jax.grad(lambda w: loss(w, None)))
+  times = [1.0, 5.0, 10.0]
+  solution = integrate.solve_ivp(
+    lambda t, w: -np.asarray(slope(jnp.asarray(w))),
+    (0, 10),
+    [start],
+    method='Radau' if name == 'barrier' else 'DOP853',
+    t_eval=times,
+    rtol=1e-10,
+    atol=1e-12,
+  )
+  errors = []
+  for factor in (0.5, 0.1):
+    flow = edges.gradient_flow(
+      loss, jnp.array([start]), 0.0, times, step_times_curvature=factor
+    )
+    ends = [float(state.params[0]) for state in flow]
+    errors.append(np.abs(ends - solution.y[0]).max())
+  assert errors[0] < near and errors[1] < near / 25, errors
+
+
+def test_a_gradient_that_is_not_finite_on_the_way_is_an_error(x64):
+  loss = lambda w, _: -jnp.sum(jnp.sqrt(1 - w))
+  with pytest.raises(FloatingPointError, match='no step from time'):
+    list(edges.gradient_flow(lambda w, b: -loss(w, b), jnp.array([0.9]), 0.0, [5.0]))
+
+
+def test_rounding_near_a_minimum_does_not_halve_steps():
+  """In float32, where the gradient is nothing but noise."""
+  w = jnp.linspace(1, 2, 50)
+  loss = lambda w, _: jnp.sum((jnp.sin(w) - 0.7) ** 2)
+  (state,) = edges.gradient_flow(loss, w, 0.0, [200.0])
+  assert state.num_steps < 2000
 
 
 def test_a_flow_goes_on_from_a_state(x64):

@@ -239,9 +239,12 @@ def _run(problem, workdir, **options):
   )
 
 
-def test_steps_of_two_kinds_have_no_edge_of_sam():
+@pytest.mark.parametrize(
+  'changes', [{'perturb_every': 3}, {'hyperparameters': {'num_ascent_steps': 2}}]
+)
+def test_steps_of_two_kinds_or_of_several_ascents_have_no_edge_of_sam(changes):
   arrays = [jnp.float32(x) for x in (2.0, 0.2, 0.1)]
-  config = dataclasses.replace(CONFIG, perturb_every=3)
+  config = dataclasses.replace(CONFIG, **changes)
   edge, sam_edge = edges_program.edges_of(config, *arrays)
   assert float(edge) == pytest.approx(10)
   assert np.isnan(float(sam_edge))

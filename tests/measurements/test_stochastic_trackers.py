@@ -369,3 +369,13 @@ def test_a_norm_of_other_losses_is_refused():
   config = dataclasses.replace(PLAIN, task='mine')
   with pytest.raises(UsageError, match='track=noise: the loss of --task=mine is not'):
     measurements.tracker('noise', problem, config)
+
+
+def test_several_ascent_steps_have_no_step_of_one(problem):
+  """Batch sharpness along SAM's step is that of one ascent step, or is not told."""
+  config = dataclasses.replace(
+    SAM, m_sharpness=None, hyperparameters={'num_ascent_steps': 3}
+  )
+  tracker = measurements.tracker('batch_sharpness', problem, config)
+  line = tracker(_state(problem, config), 0)
+  assert 'batch_sharpness_of_sam' not in line and line['batch_sharpness'] is not None

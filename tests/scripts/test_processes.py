@@ -20,7 +20,11 @@ _GONE = (
   'train.py: process {} of this run has ended {}, so this one ends with exit code 75: '
   'the same commands go on from the last checkpoint.\n'
 )
-_KILLED = 'without a word (killed, or its machine is lost)'
+_KILLED = 'without a word (killed or stopped, or its machine is lost)'
+_MENDABLE = (
+  'train.py: process {} of this run has ended with exit code 2, and has said why: so '
+  'does this one.\n'
+)
 
 
 def _free_port():
@@ -221,11 +225,15 @@ def _faulty(tmp_path, name, at, *flags, num=2):
 def test_an_error_of_one_ends_the_others_who_say_so(tmp_path, name, at):
   with _faulty(tmp_path, name, at, *_LONG[:2], num=3) as job:
     code = {'UsageError': 2, 'bug': 1}[name]
-    expected = [code if i == at else peers.EXIT_CODE for i in range(3)]
+    # What the user can mend is no reason to try again.
+    others = code if code == 2 else peers.EXIT_CODE
+    expected = [code if i == at else others for i in range(3)]
     assert job.codes() == expected, job.errors()
     for i, error in enumerate(job.errors()):
       if i != at:
-        assert error == _GONE.format(at, f'with exit code {code}, and has said why')
+        how = f'with exit code {code}, and has said why'
+        wanted = _MENDABLE.format(at) if code == 2 else _GONE.format(at, how)
+        assert error == wanted
       elif name == 'UsageError':
         assert error == 'train.py: it is so\n'
       else:
@@ -346,13 +354,28 @@ def test_processes_with_other_flags(tmp_path):
   }
   flags = ['--optimizer=sam', f'--workdir={tmp_path / "run"}']
   with _Job(tmp_path, *flags, own=own) as job:
-    assert job.codes() == [peers.EXIT_CODE, 2]
+    assert job.codes() == [2, 2]
     assert job.errors() == [
-      _GONE.format(1, 'with exit code 2, and has said why'),
+      _MENDABLE.format(1),
       'train.py: --process_id=1 was started with other flags: rho is 0.2 here and 0.1 '
       'in process 0. Give all processes the same.\n',
     ]
   assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.slow
+def test_processes_with_unequally_many_devices(tmp_path):
+  """Told before anything is sent, which would need equally many."""
+  envs = [
+    {'XLA_FLAGS': f'--xla_force_host_platform_device_count={2 - i}'} for i in range(2)
+  ]
+  with _Job(tmp_path, f'--workdir={tmp_path / "run"}', envs=envs) as job:
+    assert job.codes() == [2, 2]
+    for error in job.errors():
+      assert error == (
+        'train.py: the processes have different numbers of devices (2 in process 0, 1 '
+        'in process 1): start all with equally many.\n'
+      )
 
 
 @pytest.mark.slow
@@ -364,7 +387,7 @@ def test_processes_with_other_devices(tmp_path):
   two = {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
   with _Job(tmp_path, f'--workdir={tmp_path / "run"}', own=own, env=two) as job:
     codes, (first, _) = job.codes(), job.errors()
-    assert codes[0] == 2 and codes[1] in (2, peers.EXIT_CODE)
+    assert codes == [2, 2]
     assert first == (
       'train.py: --devices=1: of several processes each takes all its devices, and '
       'equally many; this one takes 1 of 2, and all 2 have 4.\n'

@@ -95,7 +95,7 @@ def test_gradients_are_sent_once_for_each_shared_pass(name, small):
   stepper = step.Stepper(problem, config, 1, shared, parallel.AXIS)
   state = replicas.replicate(jax.jit(stepper.init)(0))
   batch = next(problem.train.batches(16, shards=(4, *shared.axes)).epoch(0))
-  train = replicas.map(functools.partial(stepper.train, phase=None))
+  train = replicas.map(functools.partial(stepper.train, phase=None), donate=True)
   text = train.lower(state, jax.tree.map(jnp.asarray, batch)).compile().as_text()
   reduced = re.findall(r'= (.*?) all-reduce(?:-start)?\(', text)
   sizes = [
