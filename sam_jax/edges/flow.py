@@ -291,10 +291,7 @@ def _departures(loss_fn, before, batch, learning_rate, steps, flow):
     path, done = path + sum(map(float, lengths)), step
     # Before the flow, which takes long where descent is thrown far away.
     if not math.isfinite(path):
-      raise FloatingPointError(
-        f'gradient descent is no longer finite at step {step}: give a lower '
-        'learning_rate'
-      )
+      raise FloatingPointError(f'gradient descent is no longer finite at step {step}')
     state = next(flow)
     apart = jax.tree.map(jnp.subtract, descent, state.params)
     distance = float(perturbations.norm(apart))
