@@ -62,6 +62,8 @@ SCALES = {
 }
 HEEDS = ('dataset', 'label_smoothing')
 NETWORK = models.ResNet()
+# First choices, not tried.
+LEARNING_RATES = {'adam': 0.003, 'adamw': 0.003}
 
 
 def build(config: training.Config) -> training.Problem:

@@ -63,6 +63,8 @@ SCALES = {
 }
 HEEDS = ('dataset', 'label_smoothing')
 NETWORK = models.VisionTransformer()
+# First choices, not tried.
+LEARNING_RATES = {'sgd': 1.0, 'momentum': 0.1, 'nesterov': 0.1}
 
 
 def build(config: training.Config) -> training.Problem:
