@@ -157,7 +157,7 @@ class BatchSharpness(Hook):
 
 def _has_step(config: Config) -> bool:
   """Whether batch sharpness is measured along SAM's step, of one ascent step."""
-  several = config.hyperparameters.get('num_ascent_steps', 1) > 1
+  several = (config.hyperparameters.get('num_ascent_steps') or 1) > 1
   return config.optimizer in _ALONG and not several
 
 

@@ -260,7 +260,7 @@ def edges_of(
     edge = of(learning_rate, config.momentum)
   if config.perturb_every > 1:
     return edge, none  # Steps of both kinds alternate, and have no known edge together.
-  if config.hyperparameters.get('num_ascent_steps', 1) > 1:
+  if (config.hyperparameters.get('num_ascent_steps') or 1) > 1:
     return edge, none  # That of one ascent step is another.
   if config.optimizer == 'sam':
     return edge, edges.sam_edge(gradient_norm, learning_rate, rho, **momentum)
