@@ -260,9 +260,10 @@ def departure_from_flow(
   """
   if not 0 < learning_rate < math.inf:
     raise ValueError(f'learning_rate={learning_rate}: give a finite number above 0')
+  steps = list(steps)
+  if steps != sorted(steps) or any(step < 0 or step % 1 for step in steps):
+    raise ValueError(f'steps={steps}: give whole numbers of steps that do not descend')
   steps = [int(step) for step in steps]
-  if steps != sorted(steps) or any(step < 0 for step in steps):
-    raise ValueError(f'steps={steps}: give numbers of steps that do not descend')
   if isinstance(params, Departure):
     before = params
   else:

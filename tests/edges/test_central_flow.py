@@ -178,6 +178,7 @@ def test_a_state_goes_on_bit_for_bit():
     ({'substeps': 1}, 'substeps=1'),
     ({'critical': 1.5}, r'critical=1\.5'),
     ({'steps': [3, 2]}, r'steps=\[3, 2\]'),
+    ({'steps': [1.5]}, r'steps=\[1.5\]: give whole numbers'),
   ],
 )
 def test_settings_out_of_range_are_refused(settings, sentence):

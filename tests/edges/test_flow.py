@@ -214,8 +214,9 @@ def test_bad_steps_and_rates_are_refused():
   arguments = quartic, jnp.ones(2), jnp.ones(2)
   with pytest.raises(ValueError, match=r'learning_rate=0\.0'):
     edges.departure_from_flow(*arguments, 0.0, [1])
-  with pytest.raises(ValueError, match=r'steps=\[2, 1\]'):
-    edges.departure_from_flow(*arguments, 0.1, [2, 1])
+  for steps in ([2, 1], [1.5]):
+    with pytest.raises(ValueError, match='give whole numbers of steps'):
+      edges.departure_from_flow(*arguments, 0.1, steps)
 
 
 def test_a_loss_that_is_not_finite_is_an_error():
