@@ -27,7 +27,7 @@ quickstart: $(VENV)/app.stamp  ## train digits with SGD and SAM, measure both, c
 	$(PY) train.py --task=digits_mlp --optimizer=sgd,sam --seeds=3 --workdir=$(RUNS)/quickstart
 	$(PY) eval_hessian.py --workdir='$(RUNS)/quickstart/sgd/seed_*,$(RUNS)/quickstart/sam/*/seed_*' --out=$(RUNS)/quickstart/compare
 
-test: lint  ## lint, doctests and tests; about 12 minutes on 2 cores
+test: lint  ## lint, doctests and tests; about 20 minutes on 2 cores
 	$(PY) -m pytest -n 2 -m 'not slow' --doctest-modules --doctest-glob='*.md' sam_jax input_pipelines models training measurements reports tasks studies docs tests
 
 $(VENV)/newest/dev.stamp: requirements.txt requirements-dev.txt
