@@ -125,11 +125,12 @@ def test_one_that_has_left_may_come_again():
 def test_strangers_are_not_listened_to():
   gate = rendezvous.Gate(0, 2)
   for text in (b'GET / HTTP/1.1\r\n\r\n', b'\xff' * 9000, b'[]\n', b'{}\n', b''):
-    with socket.create_connection(('127.0.0.1', gate.port), 5) as stranger:
-      with contextlib.suppress(OSError):  # It may have been closed already.
-        stranger.sendall(text)
-        stranger.shutdown(socket.SHUT_WR)
-        assert stranger.recv(9) == b''
+    # It may have been closed before all is sent.
+    connection = socket.create_connection(('127.0.0.1', gate.port), 5)
+    with connection as stranger, contextlib.suppress(OSError):
+      stranger.sendall(text)
+      stranger.shutdown(socket.SHUT_WR)
+      assert stranger.recv(9) == b''
   assert not gate._lines and not gate._wrong
 
 
