@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from measurements import band_figure, blocks, edges
-from measurements.edges_program import curvature_params
+from measurements.edges_program import curvature_params, num_ascent_steps
 from sam_jax import edges as library
 from sam_jax.measuring.entries import plain
 from training import config as config_lib
@@ -157,8 +157,7 @@ class BatchSharpness(Hook):
 
 def _has_step(config: Config) -> bool:
   """Whether batch sharpness is measured along SAM's step, of one ascent step."""
-  several = (config.hyperparameters.get('num_ascent_steps') or 1) > 1
-  return config.optimizer in _ALONG and not several
+  return config.optimizer in _ALONG and num_ascent_steps(config) == 1
 
 
 def _momentum(config: Config) -> float | None:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from measurements import edges_figure
-from measurements.edges_program import ADAMS, Found, Program, stacked
+from measurements.edges_program import ADAMS, Found, Program, num_ascent_steps, stacked
 from sam_jax import curvature
 from sam_jax.measuring.entries import plain
 from training import config as config_lib
@@ -207,8 +207,8 @@ class Edges(Hook):
 
 
 def gradients_of_step(config: Config) -> int:
-  """Gradients that a step takes: two with a method, one with a base optimizer."""
-  return 2 if methods.is_method(config.optimizer) else 1
+  """Gradients that a step takes: with a method those of its ascent and one more."""
+  return 1 + num_ascent_steps(config) if methods.is_method(config.optimizer) else 1
 
 
 def summarize(lines: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:

@@ -234,6 +234,11 @@ def _wide(dtype: Any) -> Any:
   return jnp.promote_types(dtype, jnp.float32)
 
 
+def num_ascent_steps(config: Config) -> int:
+  """Ascent steps of a step of a method, each with a gradient."""
+  return config.hyperparameters.get('num_ascent_steps') or 1
+
+
 def edges_of(
   config: Config, gradient_norm: jax.Array, learning_rate: jax.Array, rho: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -260,7 +265,7 @@ def edges_of(
     edge = of(learning_rate, config.momentum)
   if config.perturb_every > 1:
     return edge, none  # Steps of both kinds alternate, and have no known edge together.
-  if (config.hyperparameters.get('num_ascent_steps') or 1) > 1:
+  if num_ascent_steps(config) > 1:
     return edge, none  # That of one ascent step is another.
   if config.optimizer == 'sam':
     return edge, edges.sam_edge(gradient_norm, learning_rate, rho, **momentum)

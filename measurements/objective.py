@@ -83,7 +83,7 @@ class Objective:
     what = split, batch_size, count
     if what not in self._drawn:
       place = self.mesh.place if self.mesh else jax.device_put
-      self._drawn[what] = [place(batch) for batch in list(self._draw(*what))]
+      self._drawn[what] = [place(batch) for batch in self._draw(*what)]
     return self._drawn[what]
 
   def _draw(self, split: str, batch_size: int, count: int) -> Iterator[Batch]:

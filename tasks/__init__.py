@@ -34,7 +34,7 @@ from training import config as config_lib
 from training import methods, optimizers, plugins, sharing
 from training.errors import UsageError
 
-_HELPERS = ('edges', 'networks')
+_HELPERS = ('edges', 'imagenet', 'networks')
 # Fields that mean nothing to some tasks.
 _OPTIONAL = ('dataset', 'label_smoothing')
 _FIELDS = {field.name for field in dataclasses.fields(training.Config)}

@@ -28,12 +28,10 @@ Expected, from the GSAM paper: test accuracy 76.0 % with SGD, 76.9 % with SAM, 7
 with GSAM. Not trained here.
 """
 
-import numpy as np
-
 import models
 import training
-from input_pipelines import imagenet
-from training import scores
+from input_pipelines.imagenet import MEAN, STD
+from tasks import imagenet
 
 RECIPE = training.Config(
   task='imagenet_resnet',
@@ -68,26 +66,5 @@ LEARNING_RATES = {'adam': 0.003, 'adamw': 0.003}
 
 def build(config: training.Config) -> training.Problem:
   """The residual network and the images."""
-  small = config.scale == 'small'
-  size = 32 if small else 224
-  train, test, classes = imagenet.load(
-    config.dataset,
-    data_dir=config.data_dir,
-    manual_dir=config.manual_dir,
-    size=size,
-    num_workers=config.data_workers,
-  )
-  network = NETWORK.clone(
-    num_classes=len(classes), pixel_mean=imagenet.MEAN, pixel_std=imagenet.STD
-  )
-  if small:
-    network = network.clone(depth=10, width=8)
-  return training.Problem(
-    model=network,
-    train=train,
-    test=test,
-    example_losses=scores.smoothed_kl(config.label_smoothing),
-    scores=scores.TopClasses(len(classes), tuple(classes)),
-    example_inputs=np.zeros((1, size, size, 3), np.uint8),
-    loss_name='loss (nats)',
-  )
+  network = NETWORK.clone(pixel_mean=MEAN, pixel_std=STD)
+  return imagenet.problem(config, network, {'depth': 10, 'width': 8})

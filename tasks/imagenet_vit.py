@@ -32,12 +32,9 @@ Expected, from the paper: test accuracy in % of ViT-S/16 74.4 with AdamW, 78.1 w
 and 79.5 with GSAM, of ViT-B/16 74.6, 79.9 and 81.0. Not trained here.
 """
 
-import numpy as np
-
 import models
 import training
-from input_pipelines import imagenet
-from training import scores
+from tasks import imagenet
 
 RECIPE = training.Config(
   task='imagenet_vit',
@@ -69,26 +66,7 @@ LEARNING_RATES = {'sgd': 1.0, 'momentum': 0.1, 'nesterov': 0.1}
 
 def build(config: training.Config) -> training.Problem:
   """The transformer and the images."""
-  small = config.scale == 'small'
-  size = 32 if small else 224
-  train, test, classes = imagenet.load(
-    config.dataset,
-    data_dir=config.data_dir,
-    manual_dir=config.manual_dir,
-    size=size,
-    num_workers=config.data_workers,
-  )
-  network = NETWORK.clone(
-    num_classes=len(classes), pixel_mean=(127.5,) * 3, pixel_std=(127.5,) * 3
-  )
-  if small:
-    network = network.clone(patch=8, width=32, depth=2, num_heads=4)
-  return training.Problem(
-    model=network,
-    train=train,
-    test=test,
-    example_losses=scores.smoothed_kl(config.label_smoothing),
-    scores=scores.TopClasses(len(classes), tuple(classes)),
-    example_inputs=np.zeros((1, size, size, 3), np.uint8),
-    loss_name='loss (nats)',
+  network = NETWORK.clone(pixel_mean=(127.5,) * 3, pixel_std=(127.5,) * 3)
+  return imagenet.problem(
+    config, network, {'patch': 8, 'width': 32, 'depth': 2, 'num_heads': 4}
   )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 import pathlib
 import time
@@ -13,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from training import (
   checkpoints,
@@ -36,7 +34,7 @@ from training.problem import Problem
 from training.progress import Progress
 
 # Of the time, what checkpoints at the ends of short epochs may take.
-_SAVING_SHARE = 0.05
+SAVING_SHARE = 0.05
 
 
 def train(
@@ -300,27 +298,13 @@ class _Run:
     size = self._config.batch_size // self._config.grad_accum_steps
     batches = feed.split.batches(size, shards=self._replicas.axes)
     variables = (self._state.params, self._state.batch_stats)
-    sums, totals, running = [], None, None
-    for batch in feed.epoch(batches, 0):
-      dispatched = self._eval_step(variables, batch)
-      # Read one behind, so that batches and totals do not pile up on the devices.
-      sums, totals = self._summed(sums, totals, running)
-      running = dispatched
-    sums, totals = self._summed(sums, totals, running)
-    total = {name: math.fsum(float(x[name]) for x in sums) for name in sums[0]}
-    names = ('loss', self._score.name)
-    metrics = {name: total[name] / total['examples'] for name in names}
+    sums = metrics_lib.Sums(
+      (self._eval_step(variables, batch) for batch in feed.epoch(batches, 0)),
+      self._replicas.first,
+    )
+    metrics = sums.means('loss', self._score.name)
     metrics_lib.check_finite(metrics, self._step)
-    return metrics, totals
-
-  def _summed(self, sums: list[Any], totals: Any, running: Any) -> tuple[Any, Any]:
-    """Takes in the sums of one more batch; totals are added up in float64."""
-    if running is None:
-      return sums, totals
-    found = self._replicas.first(running)
-    new = jax.tree.map(lambda x: np.asarray(x, np.float64), found.pop('totals'))
-    totals = new if totals is None else jax.tree.map(np.add, totals, new)
-    return [*sums, found], totals
+    return metrics, sums.totals
 
   def _checkpoint_due(self) -> bool:
     """Whether to save at this end of an epoch."""
@@ -347,7 +331,7 @@ class _Run:
     }
     self._checkpoints.save(state, position, self._hooks.arrays())
     after = time.monotonic()
-    self._next_save = after + (after - before) / _SAVING_SHARE
+    self._next_save = after + (after - before) / SAVING_SHARE
 
   def finish(self) -> dict[str, Any]:
     """Evaluates the last parameters and writes summary and picture."""

@@ -8,8 +8,11 @@ import os
 import pathlib
 import shutil
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
+
+import jax
+import numpy as np
 
 from training.errors import TrainingDiverged
 
@@ -177,6 +180,50 @@ def _set_aside(path: pathlib.Path, stem: str) -> str:
     number, name = number + 1, f'{stem}_{number + 1}{path.suffix}'
   shutil.copyfile(path, path.with_name(name))
   return name
+
+
+class Sums:
+  """Sums over the batches of a split, of one run or side by side of several.
+
+  Attributes:
+    totals: float64, what further scores are made of; None before the first batch.
+  """
+
+  def __init__(self, dispatched: Iterable[Any], read: Callable[[Any], Any]):
+    """Adds up what an evaluation step gives for each batch.
+
+    Args:
+      dispatched: results that may still be computed, with an entry 'totals'.
+      read: brings one to the host. It is called one behind, so that batches and totals
+        do not pile up on the devices.
+    """
+    self._sums, self.totals, running = [], None, None
+    for found in dispatched:
+      if running is not None:
+        self._add(read(running))
+      running = found
+    if running is not None:
+      self._add(read(running))
+
+  def _add(self, found: Any) -> None:
+    new = jax.tree.map(lambda x: np.asarray(x, np.float64), found.pop('totals'))
+    self.totals = new if self.totals is None else jax.tree.map(np.add, self.totals, new)
+    self._sums.append(found)
+
+  def means(self, *names: str) -> dict[str, Any]:
+    """Means over the examples of what is named, from exact sums.
+
+    Those of several runs are NaN where a term is not finite.
+    """
+    total = {n: _exact([x[n] for x in self._sums]) for n in (*names, 'examples')}
+    return {name: total[name] / total['examples'] for name in names}
+
+
+def _exact(values: Sequence[Any]) -> Any:
+  if not np.ndim(values[0]):
+    return math.fsum(map(float, values))
+  columns = np.asarray(values, np.float64).T
+  return np.array([math.fsum(x) if np.isfinite(x).all() else math.nan for x in columns])
 
 
 class EpochMeans:

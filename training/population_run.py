@@ -6,7 +6,7 @@ What a member's folder holds in the end is what `training.loop` leaves of a sing
 from __future__ import annotations
 
 import contextlib
-import math
+import functools
 import pathlib
 import shutil
 import time
@@ -38,8 +38,6 @@ from training.problem import Problem
 from training.progress import MembersProgress
 
 FILE_NAME = 'population.json'
-# Of the time, what checkpoints at the ends of short epochs may take.
-_SAVING_SHARE = 0.05
 
 
 def remove(folder: pathlib.Path) -> None:
@@ -318,20 +316,17 @@ class Run:
     size = self._config.batch_size // self._config.grad_accum_steps
     items = source.items(source.split.batches(size), 0, 0, self._members.place_shared)
     members = self._state.members
-    sums = [self._members.evaluate(members, source.arrays, item) for item in items]
-    sums = [jax.tree.map(np.asarray, found) for found in sums]
-    totals = jax.tree.map(
-      lambda *x: np.sum(x, axis=0, dtype=np.float64), *(x.pop('totals') for x in sums)
+    sums = metrics_lib.Sums(
+      (self._members.evaluate(members, source.arrays, item) for item in items),
+      functools.partial(jax.tree.map, np.asarray),
     )
-    total = {name: _total([x[name] for x in sums]) for name in sums[0]}
-    names = ('loss', self._score.name)
-    metrics = {name: total[name] / total['examples'] for name in names}
+    metrics = sums.means('loss', self._score.name)
     finite = np.all([np.isfinite(x) for x in metrics.values()], axis=0)
     if (self._alive & ~finite).any():
       died = np.where(self._alive & ~finite, self._step, self._died).astype(np.int32)
       self._bury(died)
       self._state = self._state._replace(died=self._members.place_dealt(died))
-    return metrics, totals
+    return metrics, sums.totals
 
   def _checkpoint_due(self) -> bool:
     """Whether to save at this end of an epoch."""
@@ -357,7 +352,7 @@ class Run:
     before = time.monotonic()
     self._checkpoints.save(self._state, self._position())
     after = time.monotonic()
-    self._next_save = after + (after - before) / _SAVING_SHARE
+    self._next_save = after + (after - before) / loop.SAVING_SHARE
 
   def _finish(self) -> None:
     """Evaluates the last parameters, and gives each member what a run ends with."""
@@ -426,12 +421,6 @@ class Run:
   def close(self) -> None:
     """Releases files and threads."""
     self._opened.close()
-
-
-def _total(sums: Sequence[np.ndarray]) -> np.ndarray:
-  """The exact sum over batches for each member; NaN where a term is not finite."""
-  columns = np.asarray(sums, np.float64).T
-  return np.array([math.fsum(x) if np.isfinite(x).all() else math.nan for x in columns])
 
 
 def _in_json(means: Mapping[str, Any]) -> dict[str, Any]:

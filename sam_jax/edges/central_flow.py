@@ -13,6 +13,7 @@ import numpy as np
 
 from sam_jax.curvature import products, stacks
 from sam_jax.edges import _pairs
+from sam_jax.edges.flow import whole_steps
 
 LossFn = Callable[[Any, Any], jax.Array]
 
@@ -185,10 +186,7 @@ def central_flow(
     raise ValueError(f'substeps={substeps}: give at least 2')
   if not 0 < critical <= 1:
     raise ValueError(f'critical={critical}: give a share of the edge, from 0 to 1')
-  steps = list(steps)
-  if steps != sorted(steps) or any(step < 0 or step % 1 for step in steps):
-    raise ValueError(f'steps={steps}: give whole numbers of steps that do not descend')
-  steps = [int(step) for step in steps]
+  steps = whole_steps(steps)
   start, search = 0, None
   if isinstance(params, CentralState):
     start, search, num_eigenvalues = params.step, params.search, len(params.eigenvalues)

@@ -260,10 +260,7 @@ def departure_from_flow(
   """
   if not 0 < learning_rate < math.inf:
     raise ValueError(f'learning_rate={learning_rate}: give a finite number above 0')
-  steps = list(steps)
-  if steps != sorted(steps) or any(step < 0 or step % 1 for step in steps):
-    raise ValueError(f'steps={steps}: give whole numbers of steps that do not descend')
-  steps = [int(step) for step in steps]
+  steps = whole_steps(steps)
   if isinstance(params, Departure):
     before = params
   else:
@@ -280,6 +277,18 @@ def departure_from_flow(
     key=key,
   )
   return _departures(loss_fn, before, jax.device_put(batch), learning_rate, steps, flow)
+
+
+def whole_steps(steps: Iterable[int]) -> list[int]:
+  """Checks numbers of steps.
+
+  Raises:
+    ValueError: they descend, or one is negative or not whole.
+  """
+  steps = list(steps)
+  if steps != sorted(steps) or any(step < 0 or step % 1 for step in steps):
+    raise ValueError(f'steps={steps}: give whole numbers of steps that do not descend')
+  return [int(step) for step in steps]
 
 
 def _departures(loss_fn, before, batch, learning_rate, steps, flow):

@@ -411,3 +411,11 @@ def test_a_method_whose_state_holds_no_radius_is_refused(problem, tmp_path):
   config = dataclasses.replace(CONFIG, optimizer=str(tmp_path / 'still.py'))
   with pytest.raises(UsageError, match=r'optimizer=.*still\.py holds no rho'):
     measurements.tracker('edges', problem, config)
+
+
+@pytest.mark.parametrize(('steps', 'gradients'), [(None, 2), (1, 2), (3, 4)])
+def test_every_ascent_step_of_a_method_takes_a_gradient(steps, gradients):
+  """They count in the share of a run's gradients that a tracker may spend."""
+  config = dataclasses.replace(CONFIG, hyperparameters={'num_ascent_steps': steps})
+  assert edges.gradients_of_step(config) == gradients
+  assert edges.gradients_of_step(PLAIN) == 1
